@@ -1,0 +1,1 @@
+"""Hydra YAML: one folder a config group, experiments on top."""

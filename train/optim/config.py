@@ -1,0 +1,64 @@
+"""The optimizer and its learning-rate schedule, as a user sets them."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class LrSchedule(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+@dataclass(kw_only=True)
+class LrConfig:
+    """Learning rate over the steps of a run."""
+
+    schedule: LrSchedule = LrSchedule.cosine
+    """constant; cosine, down to min_ratio; wsd: warmup, stable, then a linear decay."""
+    peak: float = 3e-4
+    """Highest learning rate, reached after warm-up."""
+    warmup_steps: int = 100
+    """Steps of linear rise from 0."""
+    min_ratio: float = 0.1
+    """Last learning rate / peak, for cosine and wsd."""
+    decay_fraction: float = 0.1
+    """Share of training.steps that wsd's decay takes."""
+
+    def __post_init__(self) -> None:
+        if self.peak <= 0:
+            raise ValueError(f"optim.lr.peak={self.peak}: must be above 0")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.lr.warmup_steps={self.warmup_steps}: must be 0 or more")
+        if not 0 <= self.min_ratio <= 1:
+            raise ValueError(f"optim.lr.min_ratio={self.min_ratio}: must lie in [0, 1]")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"optim.lr.decay_fraction={self.decay_fraction}: must lie in [0, 1]")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with decoupled weight decay (Loshchilov & Hutter, 2019)."""
+
+    lr: LrConfig = field(default_factory=LrConfig)
+    """Learning-rate schedule."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms and biases are never decayed."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down to it; 0 = never."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: must lie in [0, 1)")
+        for name in ("eps", "weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: must be 0 or more")
