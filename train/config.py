@@ -152,6 +152,11 @@ class ProfileConfig:
     steps: int = 0
     """Steps traced; 0 = none. Rank 0 writes run.dir/profile/*.json for chrome://tracing."""
 
+    def __post_init__(self) -> None:
+        for name in ("start", "steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"monitor.profile.{name}={getattr(self, name)}: must be 0 or more")
+
 
 @dataclass(kw_only=True)
 class SampleConfig:
@@ -189,6 +194,10 @@ class MonitorConfig:
     """Trace a window of steps."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Sample text from the model."""
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ValueError(f"monitor.log_every={self.log_every}: must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -267,6 +276,12 @@ class Config:
     def __post_init__(self) -> None:
         self._check_tensor_parallel()
         self._check_stages()
+        profile = self.monitor.profile
+        if profile.steps > 0 and profile.start >= self.training.steps:
+            raise ValueError(
+                f"monitor.profile.start={profile.start}: the run ends before, with "
+                f"training.steps={self.training.steps} (counted from 0); use an earlier start"
+            )
 
     def _check_tensor_parallel(self) -> None:
         tp = self.parallel.tp

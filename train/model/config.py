@@ -40,7 +40,8 @@ class ModelConfig:
     num_heads: int = 4
     """Query heads; divisible by num_kv_heads and by parallel.tp."""
     num_kv_heads: int | None = None
-    """Key and value heads (grouped-query attention), divisible by parallel.tp; empty = num_heads."""
+    """Key and value heads (grouped-query attention); divisible by parallel.tp; empty =
+    num_heads."""
     head_dim: int | None = None
     """Width of one head; empty = dim / num_heads."""
     ffn_dim: int = 688

@@ -1,0 +1,70 @@
+"""The global gradient norm and clipping, across every mesh axis: the one place for both."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+
+@torch.no_grad()
+def settle_partial(parameters: Iterable[Tensor]) -> None:
+    """Reduce gradients that tensor parallelism left as partial sums, in place.
+
+    FSDP2 does this for the parameters it manages; others (data-parallel size 1) are left to us.
+    """
+    for parameter in parameters:
+        grad = parameter.grad
+        if not (isinstance(grad, DTensor) and isinstance(parameter, DTensor)):
+            continue
+        if grad.placements != parameter.placements:
+            parameter.grad = grad.redistribute(placements=parameter.placements)
+
+
+@torch.no_grad()
+def local_square_norm(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
+    """This rank's share of the squared global L2 norm, a fp64 scalar; the world's sum is the whole.
+
+    Every element counts once: a gradient that a mesh axis replicates is counted by that axis's
+    first rank. Parameters that another rank counts (a tied copy) are left out by the caller.
+    """
+    grads = (p.grad for p in parameters if p.grad is not None)
+    counted = [local for grad in grads if _counts_here(grad) and (local := _local(grad)).numel()]
+    if not counted:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(counted, 2, dtype=torch.float64)
+    return torch.stack(norms).square().sum()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], norm: float, max_norm: float) -> None:
+    """Scale gradients by max_norm / norm where the norm is larger."""
+    if norm <= max_norm:
+        return
+    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    torch._foreach_mul_(grads, max_norm / norm)
+
+
+@torch.no_grad()
+def nonfinite(named_parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of this rank's parameters whose gradient holds a NaN or an infinity."""
+    return [
+        name
+        for name, parameter in named_parameters
+        if parameter.grad is not None and not _local(parameter.grad).isfinite().all()
+    ]
+
+
+def _counts_here(grad: Tensor) -> bool:
+    if not isinstance(grad, DTensor):
+        return True
+    coordinate = grad.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return all(
+        position == 0 or not isinstance(placement, Replicate)
+        for position, placement in zip(coordinate, grad.placements, strict=True)
+    )
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad

@@ -1,0 +1,86 @@
+"""AdamW over named parameters, with state that can be saved by name.
+
+The update is torch's fused kernel, run on each rank's own shards: no DTensor dispatch in the step.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from phalanx.train.optim.config import OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamW:
+    """Optimizer of one rank's parameters.
+
+    Matrices decay, vectors (norms, biases) do not. State exists from the start, so that a
+    checkpoint loads into it in place.
+    """
+
+    def __init__(self, named_parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
+        self._parameters = dict(named_parameters)
+        self._shards = {name: nn.Parameter(_local(p)) for name, p in self._parameters.items()}
+        decayed = [s for n, s in self._shards.items() if self._parameters[n].dim() >= 2]
+        plain = [s for n, s in self._shards.items() if self._parameters[n].dim() < 2]
+        groups = [
+            {"params": params, "weight_decay": decay}
+            for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
+            if params
+        ]
+        self._optimizer = torch.optim.AdamW(
+            groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        )
+        for shard in self._shards.values():
+            self._optimizer.state[shard] = {
+                "step": torch.zeros((), dtype=torch.float32, device=shard.device),
+                **{moment: torch.zeros_like(shard) for moment in MOMENTS},
+            }
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update every parameter that has a gradient, then drop the gradients."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        for name, shard in self._shards.items():
+            parameter = self._parameters[name]
+            grad = parameter.grad
+            # FSDP2 may move an unevenly cut shard to padded memory when it first runs.
+            shard.data = _local(parameter)
+            shard.grad = None if grad is None else _local(grad)
+        self._optimizer.step()
+        for name, shard in self._shards.items():
+            shard.grad = None
+            self._parameters[name].grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Moments and step counts by name, laid out as the parameters are; views, not copies."""
+        tensors: dict[str, Tensor] = {}
+        for name, shard in self._shards.items():
+            state = self._optimizer.state[shard]
+            for moment in MOMENTS:
+                tensors[f"optim.{moment}.{name}"] = _like(self._parameters[name], state[moment])
+            tensors[f"optim.step.{name}"] = state["step"]
+        return tensors
+
+
+def _local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(parameter: Tensor, local: Tensor) -> Tensor:
+    """`local` as a part of a tensor that is laid out like `parameter`."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
