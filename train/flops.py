@@ -136,14 +136,18 @@ def peak(
     """
     if device.type == "cuda":
         return _peak_of_gpus(device, number_format, world_size)
-    threads = torch.get_num_threads()
-    cores = _cores()
+    threads, cores = torch.get_num_threads(), _cores()
+    one = measured_matmul(device, DTYPES[number_format])
     used = min(ranks_per_machine * threads, cores)
-    rank = measured_matmul(device, DTYPES[number_format])
-    machine = rank * max(1.0, used / threads)
-    flops = machine * world_size / ranks_per_machine
+    flops = one * cpu_speedup(threads, cores, ranks_per_machine) * world_size / ranks_per_machine
     source = f"measured {number_format} matmul, {used} of {cores} CPU cores of each machine"
     return Peak(flops, source)
+
+
+def cpu_speedup(threads: int, cores: int, num_ranks: int) -> float:
+    """How much faster `num_ranks` ranks of `threads` threads each compute than one of them, on a
+    machine with `cores` cores."""
+    return max(1.0, min(num_ranks * threads, cores) / threads)
 
 
 def _cores() -> int:

@@ -54,8 +54,6 @@ class Progress:
                 dynamic_ncols=True,
                 bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed} done, {remaining} left  {desc}",
             )
-        if first_step:
-            self.message(f"resumed after step {first_step}")
 
     def step(self, record: StepRecord, *, tokens_per_s: float, mfu: float) -> None:
         """Show a step."""
@@ -70,13 +68,13 @@ class Progress:
             left = tqdm.format_interval(int(self._seconds_per_step * (self._num_steps - done)))
             self.message(f"step {done}/{self._num_steps}  {text}  {left} left")
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Show a loss on the held-out split."""
-        self.message(f"step {step + 1}/{self._num_steps}  eval loss {loss:.4f}")
+    def evaluation(self, done: int, loss: float) -> None:
+        """Show a loss on the held-out split, computed after `done` steps."""
+        self.message(f"step {done}/{self._num_steps}  eval loss {loss:.4f}")
 
-    def sample(self, step: int, text: str) -> None:
-        """Show text that the model wrote."""
-        self.message(f"step {step + 1}/{self._num_steps}  the model writes:\n{text}\n")
+    def sample(self, done: int, text: str) -> None:
+        """Show text that the model wrote after `done` steps."""
+        self.message(f"step {done}/{self._num_steps}  the model writes:\n{text}\n")
 
     def message(self, text: str) -> None:
         """Write a line, above the bar if there is one."""

@@ -18,10 +18,12 @@ class RunReport:
 
     Rank 0 writes:
         metrics.jsonl   a line a step
-        eval.jsonl      a line an evaluation: step, loss
+        eval.jsonl      a line an evaluation: step (the last one before it), loss
         tensorboard/    curves, texts, hyperparameters (monitor.tensorboard)
         the terminal    monitor.progress
-    On the other ranks every method does nothing.
+    On the other ranks every method does nothing. Steps count from 0; what follows the step k, an
+    evaluation or a sample after k + 1 steps, stands at k in every file, so that a resume at k + 1
+    keeps it.
     """
 
     def __init__(
@@ -91,21 +93,21 @@ class RunReport:
         if self._progress is not None:
             self._progress.step(record, tokens_per_s=tokens_per_s, mfu=mfu)
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Log a loss on the held-out split, computed after `step`."""
+    def evaluation(self, done: int, loss: float) -> None:
+        """Log a loss on the held-out split, computed after `done` steps."""
         if self._evaluations is not None:
-            self._evaluations.write(step, {"loss": loss})
+            self._evaluations.write(done - 1, {"loss": loss})
         if self._board is not None:
-            self._board.evaluation(step, loss)
+            self._board.evaluation(done - 1, loss)
         if self._progress is not None:
-            self._progress.evaluation(step, loss)
+            self._progress.evaluation(done, loss)
 
-    def sample(self, step: int, text: str) -> None:
-        """Log text that the model wrote after `step`."""
+    def sample(self, done: int, text: str) -> None:
+        """Log text that the model wrote after `done` steps."""
         if self._board is not None:
-            self._board.sample(step, text)
+            self._board.sample(done - 1, text)
         if self._progress is not None:
-            self._progress.sample(step, text)
+            self._progress.sample(done, text)
 
     def message(self, text: str) -> None:
         """Tell the person at the terminal something."""

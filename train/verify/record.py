@@ -1,0 +1,127 @@
+"""Running steps while keeping everything that they computed, whole, on disk.
+
+A record is a folder: `steps.json` with each step's loss, norm and the samples it used, and
+`step{n}.pp{r}.safetensors` with every gradient (before clipping) and every parameter (after the
+update) of pipeline rank r, gathered from the shards. The parameters before the first step stand
+under the number before it.
+"""
+
+import json
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from phalanx.checkpoint.manager import CheckpointManager
+from phalanx.parallel.mesh import build_mesh
+from phalanx.parallel.ranks import Ranks, process_group
+from phalanx.train.config import Config, Injection
+from phalanx.train.data.source import Batch, BatchSource
+from phalanx.train.optim.schedule import learning_rate
+from phalanx.train.state import describe
+from phalanx.train.step import Engine
+from phalanx.train.verify.inject import StaleShard, inject, swapped
+
+
+def record(ranks: Ranks, config: Config, folder: Path, *, first: int, save_at: int | None) -> None:
+    """Run steps `first` to verify.steps - 1 on every rank and write their record to `folder`.
+
+    From step `first` > 0 the state comes from the checkpoint of that step. `save_at`: take a
+    checkpoint after so many steps.
+    """
+    with process_group(ranks):
+        mesh = build_mesh(
+            config.parallel, world_size=ranks.world_size, device_type=ranks.device_type
+        )
+        engine = Engine(config, mesh, ranks.device)
+        defect = config.verify.inject
+        engine.model = replace(engine.model, executor=inject(engine.model, defect))
+        source = BatchSource(
+            config.data,
+            seq_len=config.training.seq_len,
+            global_batch_size=config.training.global_batch_size,
+            seed=config.training.seed,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+        )
+        checkpoints = CheckpointManager(
+            config.checkpoint,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            on_event=lambda event, fields: None,
+        )
+        if first:
+            checkpoints.load(first, engine.state_tensors())
+        _write(_parameters(engine), engine, folder, first - 1)
+        steps: list[dict[str, Any]] = []
+        for step in range(first, config.verify.steps):
+            batch = source.batch(swapped(step) if defect is Injection.reorder_batch else step)
+            steps.append(_step(engine, batch, step, folder))
+            if step + 1 == save_at:
+                checkpoints.save(step + 1, engine.state_tensors(), describe(config, mesh, step + 1))
+        checkpoints.close()
+        if ranks.rank == 0:
+            (folder / "steps.json").write_text(json.dumps(steps))
+
+
+def read_step(folder: Path, step: int) -> dict[str, Tensor]:
+    """All tensors of a recorded step by name, "grad.<parameter>" and "param.<parameter>"."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob(f"step{step}.pp*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def _step(engine: Engine, batch: Batch, step: int, folder: Path) -> dict[str, Any]:
+    """One step like the trainer's, recorded."""
+    mesh, config = engine.mesh, engine.config
+    gradients = engine.gradients(batch)
+    kept = {
+        f"grad.{name}": _whole(p.grad)
+        for name, p in engine.model.parameters.items()
+        if p.grad is not None
+    }
+    stale = StaleShard(engine.model, config.verify.inject, mesh)
+    engine.update(gradients, learning_rate(config.optim.lr, step, config.training.steps))
+    stale.restore()
+    _write(kept | _parameters(engine), engine, folder, step)
+    return {
+        "step": step,
+        "loss": gradients.loss,
+        "grad_norm": gradients.norm,
+        "samples": _samples(batch, engine),
+    }
+
+
+def _parameters(engine: Engine) -> dict[str, Tensor]:
+    """Every parameter that this pipeline rank holds, whole; collective."""
+    return {f"param.{name}": _whole(p.detach()) for name, p in engine.model.parameters.items()}
+
+
+def _write(tensors: dict[str, Tensor], engine: Engine, folder: Path, step: int) -> None:
+    mesh = engine.mesh
+    if mesh.dp_rank == 0 and mesh.rank("tp") == 0:
+        save_file(tensors, folder / f"step{step}.pp{mesh.rank('pp')}.safetensors")
+
+
+def _samples(batch: Batch, engine: Engine) -> list[tuple[int, int]]:
+    """Global (number, fingerprint) of each sample of the step, in the order of the batch."""
+    rows = zip(batch.tokens_BS, batch.labels_BS, strict=True)
+    prints = [zlib.crc32(torch.stack(row).numpy().tobytes()) for row in rows]
+    mesh = engine.mesh
+    mine = (mesh.dp_rank, list(zip(batch.sample_ids, prints, strict=True)))
+    everyone: list[Any] = [None] * mesh.world.size()
+    dist.all_gather_object(everyone, mine)
+    return [sample for _, part in sorted(dict(everyone).items()) for sample in part]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The full tensor on the CPU, gathered from its shards; collective."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu().contiguous().clone()
