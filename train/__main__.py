@@ -1,4 +1,4 @@
-"""`python -m phalanx.train OVERRIDES` is `phalanx train OVERRIDES`, the form that torchrun needs."""
+"""`python -m phalanx.train` is `phalanx train`, in the form that torchrun needs."""
 
 import sys
 

@@ -95,7 +95,7 @@ class Trainer:
                 while done < steps and stopped is None:
                     with self.timer("data"):
                         batch = next(batches)
-                    loss, stopping = self._step(done, batch, stop)
+                    loss, stopping = self.step(done, batch, stop)
                     window.step()
                     done += 1
                     if stopping:
@@ -115,7 +115,7 @@ class Trainer:
             self.report.close()
             self.events.close()
 
-    def _step(self, step: int, batch: Batch, stop: StopRequest) -> tuple[float, bool]:
+    def step(self, step: int, batch: Batch, stop: StopRequest) -> tuple[float, bool]:
         """One optimizer step; its loss, and whether to stop after it."""
         with self.timer("forward_backward"):
             try:

@@ -82,13 +82,12 @@ def _plain(config: Config) -> Config:
 
 def _in_layout(config: Config, degrees: dict[str, int], *, alone: bool) -> Config:
     """The same run in another layout; without any planted defect."""
-    kept = {} if alone else {"compile": config.parallel.compile}
+    given: dict[str, Any] = degrees if alone else {**degrees, "compile": config.parallel.compile}
     parallel = ParallelConfig(
         activation_checkpoint=(
             ActivationCheckpoint.none if alone else config.parallel.activation_checkpoint
         ),
-        **kept,
-        **degrees,
+        **given,
     )
     return replace(config, parallel=parallel, verify=replace(config.verify, inject=Injection.none))
 

@@ -1,0 +1,153 @@
+"""Every layout computes what one process computes, and a layout that does not is found out."""
+
+from dataclasses import replace
+
+import pytest
+
+from phalanx.launch.start import launch
+from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
+from phalanx.parallel.pipeline.config import PipelineConfig
+from phalanx.parallel.zero.config import ZeroConfig
+from phalanx.train.config import (
+    Config,
+    Device,
+    Injection,
+    LaunchConfig,
+    Precision,
+    TrainingConfig,
+    VerifyConfig,
+)
+from phalanx.train.data.config import DataConfig
+from phalanx.train.model.config import ModelConfig
+from phalanx.train.verify import Report, verify
+
+# Sizes that no degree divides evenly where they need not: 5 layers, 36 channels, 300 rows.
+MODEL = ModelConfig(
+    vocab_size=300,
+    dim=36,
+    num_layers=5,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=10,
+    ffn_dim=52,
+    qk_norm=True,
+    attention_bias=True,
+)
+FULL, SELECTIVE = ActivationCheckpoint.full, ActivationCheckpoint.selective
+INTERLEAVED = {"schedule": "interleaved"}
+
+
+def run(
+    data: DataConfig,
+    *,
+    pipeline: dict[str, str] | None = None,
+    stage: int = 3,
+    tied: bool = False,
+    microbatch: int = 2,
+    resume_in: dict[str, int] | None = None,
+    dtype: Precision = Precision.fp64,
+    inject: Injection = Injection.none,
+    **parallel: object,
+) -> Report:
+    """Verify one layout of the small model on the test corpus."""
+    layout = ParallelConfig(**{"dp_shard": 1, **parallel})  # type: ignore[arg-type]
+    config = Config(
+        model=replace(MODEL, tie_embeddings=tied),
+        data=data,
+        parallel=layout,
+        pipeline=PipelineConfig(**(pipeline or {})),
+        zero=ZeroConfig(stage=stage),
+        training=TrainingConfig(seq_len=32, global_batch_size=16, microbatch_size=microbatch),
+        launch=LaunchConfig(device=Device.cpu, threads_per_rank=1, timeout_s=60),
+        verify=VerifyConfig(dtype=dtype, resume_in=resume_in or {}, inject=inject),
+    )
+    return verify(config, launch, world_size=layout.fixed_degree * layout.dp_shard)
+
+
+LAYOUTS = {
+    "dp_shard": {"dp_shard": 4},
+    "hsdp": {"dp_replicate": 2, "dp_shard": 2},
+    "tp": {"tp": 2},
+    "pp": {"pp": 2},
+    "pp gpipe": {"pp": 2, "pipeline": {"schedule": "gpipe"}},
+    "pp interleaved": {"pp": 2, "pipeline": INTERLEAVED},
+    "tp dp": {"tp": 2, "dp_shard": 2},
+    "pp tp": {"pp": 2, "tp": 2},
+    "pp dp tp": {"pp": 2, "dp_shard": 2, "tp": 2},
+    "zero 0": {"dp_shard": 2, "stage": 0},
+    "zero 1": {"dp_shard": 2, "stage": 1},
+    "zero 2": {"dp_shard": 2, "stage": 2},
+    "zero 0 tp": {"dp_shard": 2, "tp": 2, "stage": 0},
+    "zero 1 hsdp": {"dp_replicate": 2, "dp_shard": 2, "stage": 1},
+    "recompute all": {"dp_shard": 2, "activation_checkpoint": FULL},
+    "recompute some": {"dp_shard": 2, "tp": 2, "activation_checkpoint": SELECTIVE},
+    "recompute pp": {"pp": 2, "dp_shard": 2, "activation_checkpoint": FULL, "stage": 2},
+    "one microbatch": {"dp_shard": 2, "microbatch": 8},
+    "many microbatches": {"dp_shard": 2, "microbatch": 1, "stage": 1},
+    "tied dp": {"dp_shard": 2, "tied": True},
+    "tied tp": {"tp": 2, "dp_shard": 2, "tied": True},
+    "tied pp": {"pp": 2, "dp_shard": 2, "tied": True},
+    "all": {
+        "pp": 2,
+        "dp_shard": 2,
+        "tp": 2,
+        "tied": True,
+        "stage": 2,
+        "pipeline": INTERLEAVED,
+        "activation_checkpoint": SELECTIVE,
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layout_equals_one_process(demo_data: DataConfig, layout: dict[str, object]) -> None:
+    report = run(demo_data, **layout)  # type: ignore[arg-type]
+    assert report.passed, report.table()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"dp_shard": 4}, {"tp": 2, "dp_shard": 2}),
+        ({"dp_shard": 4}, {"pp": 2, "dp_shard": 2}),
+        ({"tp": 2, "dp_shard": 2}, {"dp_shard": 4}),
+        ({"tp": 2, "dp_shard": 2}, {"pp": 2, "dp_shard": 2}),
+        ({"pp": 2, "dp_shard": 2}, {"dp_shard": 4}),
+        ({"pp": 2, "dp_shard": 2}, {"tp": 2, "dp_shard": 2}),
+    ],
+)
+def test_resumes_in_another_layout(
+    demo_data: DataConfig, before: dict[str, int], after: dict[str, int]
+) -> None:
+    report = run(demo_data, resume_in=after, **before)  # type: ignore[arg-type]
+    assert report.passed, report.table()
+    assert {axis: n for axis, n in report.resumed_layout.items() if n > 1} == after
+
+
+def test_fp32_stays_within_its_tolerance(demo_data: DataConfig) -> None:
+    report = run(demo_data, dtype=Precision.fp32, pp=2, dp_shard=2)
+    assert report.passed, report.table()
+    assert report.tolerance == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("defect", "named"),
+    [
+        (Injection.grad_scale, "gradient scale: every gradient is 1.5 times"),
+        (Injection.drop_grad, "dropped gradient: zero for layers.0.feed_forward.w1.weight"),
+        (Injection.stale_shard, "stale shard: layers.0.feed_forward.w1.weight, rows 0 to 25 of 52"),
+        (Injection.reorder_batch, "wrong batch: from row 0 on, samples [16, 17"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [Precision.fp32, Precision.fp64])
+def test_names_a_planted_defect(
+    demo_data: DataConfig, defect: Injection, named: str, dtype: Precision
+) -> None:
+    report = run(demo_data, inject=defect, dtype=dtype, dp_shard=2)
+    assert not report.passed
+    assert named in report.findings[0], report.table()
+
+
+def test_refuses_an_unknown_degree_to_resume_in(demo_data: DataConfig) -> None:
+    with pytest.raises(ValueError, match="resume_in.*unknown degree zp"):
+        run(demo_data, resume_in={"zp": 2}, dp_shard=2)

@@ -1,0 +1,165 @@
+"""Weights from and to Hugging Face folders: `phalanx checkpoint import | export`.
+
+Both run in one process, without ranks, and hold no more than one output file's tensors.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from phalanx.checkpoint.chunks import plain_chunk
+from phalanx.checkpoint.config import CheckpointConfig
+from phalanx.checkpoint.folders import complete_folders, folder_name
+from phalanx.checkpoint.manifest import NAME as MANIFEST
+from phalanx.checkpoint.manifest import check_files, read_manifest
+from phalanx.checkpoint.peers import Peers
+from phalanx.checkpoint.write import write_checkpoint
+from phalanx.train.model.config import ModelConfig, RopeScalingConfig
+from phalanx.train.model.hf_config import from_hf_config, to_hf_config
+from phalanx.train.model.hf_weights import mapped_tensors, parameter_shapes, write_weights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+KEPT_FIELDS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+"""What of config.json goes through an import to a later export."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What an import wrote."""
+
+    checkpoint: Path
+    """The checkpoint's folder, of step 0."""
+    model_file: Path
+    """YAML of the config group `model`: `--config-dir DST model=NAME`."""
+    tokenizer: Path | None
+    """The tokenizer.json, where there was one."""
+
+
+def import_hf(src: Path, dst: Path) -> Imported:
+    """Write the Hugging Face folder `src` as a checkpoint of step 0 under `dst`.
+
+    `phalanx train --config-dir DST model=NAME checkpoint.dir=DST` then starts from these weights.
+
+    Raises:
+        ValueError: a folder, file, field or tensor is missing or not what this model computes.
+    """
+    if not (src / "config.json").is_file():
+        raise ValueError(f"{src}: no config.json there; give a folder of Hugging Face weights")
+    if complete_folders(dst):
+        raise ValueError(f"{dst}: holds checkpoints already; give a new folder")
+    hf = json.loads((src / "config.json").read_text())
+    config = from_hf_config(hf)
+    chunks = {
+        f"model.{name}": plain_chunk(tensor)
+        for name, tensor in mapped_tensors(src, parameter_shapes(config))
+    }
+    meta = {
+        "kind": "weights",
+        "step": 0,
+        "config": {"model": asdict(config)},
+        "hf": {key: hf[key] for key in KEPT_FIELDS if key in hf},
+    }
+    write_checkpoint(
+        dst, 0, chunks, meta, peers=Peers(None), config=CheckpointConfig(dir=str(dst), keep=0)
+    )
+    model_file = _write_model_file(src, dst, config)
+    for file in TOKENIZER_FILES:
+        if (src / file).is_file():
+            shutil.copyfile(src / file, dst / file)
+    tokenizer = dst / "tokenizer.json"
+    return Imported(
+        checkpoint=dst / folder_name(0),
+        model_file=model_file,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+    )
+
+
+def export_hf(src: Path, dst: Path, *, dtype: str = "bf16") -> Path:
+    """Write the checkpoint `src` (a step's folder, or the newest in a folder of them) for
+    Hugging Face: config.json, safetensors files with an index, and the tokenizer if it is found.
+
+    Raises:
+        ValueError: the checkpoint is missing or broken, `dst` is in use, or no architecture of
+            transformers computes the model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
+    if dst.exists() and any(dst.iterdir()):
+        raise ValueError(f"{dst}: is not empty; give a new folder")
+    folder = _checkpoint_folder(src)
+    manifest = read_manifest(folder)
+    reason = check_files(folder, manifest, manifest.files)
+    if reason is not None:
+        raise ValueError(f"{folder}: {reason}")
+    config = _model_config(folder, manifest.meta)
+    hf = to_hf_config(
+        config,
+        dtype=str(DTYPES[dtype]).removeprefix("torch."),
+        max_seq_len=_max_seq_len(config, manifest.meta),
+    )
+    hf |= {key: value for key, value in manifest.meta.get("hf", {}).items() if key not in hf}
+    dst.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, dst, config, dtype=DTYPES[dtype])
+    tokenizer = _tokenizer_folder(folder, manifest.meta)
+    for file in TOKENIZER_FILES:
+        if tokenizer is not None and (tokenizer / file).is_file():
+            shutil.copyfile(tokenizer / file, dst / file)
+    (dst / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    return dst
+
+
+def _write_model_file(src: Path, dst: Path, config: ModelConfig) -> Path:
+    name = re.sub(r"[^a-z0-9]+", "_", src.resolve().name.lower()).strip("_") or "imported"
+    path = dst / "model" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f"# Imported from {src.resolve().name}: --config-dir {dst} model={name} "
+        f"checkpoint.dir={dst}\n" + OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    )
+    return path
+
+
+def _checkpoint_folder(src: Path) -> Path:
+    if (src / MANIFEST).is_file():
+        return src
+    folders = complete_folders(src)
+    if not folders:
+        raise ValueError(f"{src}: no complete checkpoint there")
+    return folders[max(folders)]
+
+
+def _model_config(folder: Path, meta: Mapping[str, Any]) -> ModelConfig:
+    try:
+        fields = dict(meta["config"]["model"])
+        return ModelConfig(**fields | {"rope_scaling": RopeScalingConfig(**fields["rope_scaling"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: its manifest does not describe a model ({error!r})") from None
+
+
+def _max_seq_len(config: ModelConfig, meta: Mapping[str, Any]) -> int:
+    """Tokens of context: as imported, else as trained."""
+    imported = meta.get("hf", {}).get("max_position_embeddings")
+    trained = meta["config"].get("training", {}).get("seq_len")
+    scaling = config.rope_scaling
+    return int(imported or trained or scaling.factor * scaling.original_max_seq_len)
+
+
+def _tokenizer_folder(folder: Path, meta: Mapping[str, Any]) -> Path | None:
+    """Where the tokenizer.json lies: by the checkpoint, or where the run read it."""
+    data = meta["config"].get("data", {})
+    places = [folder, folder.parent]
+    if data.get("tokenizer"):
+        places.append(Path(data["tokenizer"]).parent)
+    elif data.get("dir"):
+        places.append(Path(data["dir"]))
+    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
