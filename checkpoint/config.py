@@ -14,7 +14,7 @@ class CheckpointConfig:
     save_last: bool = True
     """Save after the last step, and when SIGTERM or SIGINT ends the run."""
     keep: int = 2
-    """Newest checkpoints kept; 0 = all."""
+    """Newest checkpoints kept; 0 = all. Imported weights (step 0) are never deleted."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for ever; 0 = none."""
     async_save: bool = True

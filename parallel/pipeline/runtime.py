@@ -5,7 +5,7 @@ are summed, never averaged. Under FSDP2 torch's runtime reduces gradients once, 
 microbatch, at every ZeRO stage.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch.distributed.pipelining.schedules import _PipelineSchedule
 
 from phalanx.parallel.executor import Inputs, LossFn
 
-_SCHEDULES: dict[str, type[_PipelineSchedule]] = {
+_SCHEDULES: dict[str, Callable[..., _PipelineSchedule]] = {
     "gpipe": ScheduleGPipe,
     "1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
@@ -66,7 +66,7 @@ class PipelineExecutor:
             for index, module in stages.items()
         ]
         self._schedule = _SCHEDULES[schedule](
-            wrapped if schedule == "interleaved" else wrapped[0],  # type: ignore[arg-type]
+            wrapped if schedule == "interleaved" else wrapped[0],
             n_microbatches=num_microbatches,
             loss_fn=self._loss,
             scale_grads=False,
@@ -82,7 +82,7 @@ class PipelineExecutor:
             target=inputs.target_BS if self.num_stages - 1 in self.stages else None,
             losses=losses,
             return_outputs=False,
-            **inputs.extra,
+            **inputs.extra,  # type: ignore[arg-type]
         )
         self._loss_fn = None
         if not losses:

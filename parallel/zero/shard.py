@@ -7,6 +7,7 @@ Gradients are summed, never averaged: the loss is already divided by the global 
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ def shard_model(
     """
     if mesh.dp_size * mesh.size("cp") == 1 and dtypes.params == dtypes.compute:
         return
-    options = {
+    options: dict[str, Any] = {
         "mesh": _shard_mesh(mesh, stage),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=dtypes.compute, reduce_dtype=dtypes.reduce, cast_forward_inputs=False
