@@ -2,12 +2,29 @@
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import psutil
 import torch
+
+from phalanx.launch.machine import cpu_name
+from phalanx.train.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a benchmark is asked to measure."""
+
+    config: Config
+    world_size: int
+    """Ranks of the configured layout."""
+    launch: Callable[..., list[Any]]
+    """phalanx.launch.start.launch."""
+    arguments: list[str]
+    """The command line that composes `config` again in a new process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +35,9 @@ class Figure:
     name: str
     value: float
     unit: str
+    low: float | None = None
+    """Smallest value over rounds."""
+    high: float | None = None
     peer: str | None = None
     peer_value: float | None = None
     ratio: float | None = None
@@ -36,6 +56,8 @@ def compared(
         name=name,
         value=median(ours),
         unit=unit,
+        low=min(ours),
+        high=max(ours),
         peer=peer,
         peer_value=median(theirs),
         ratio=median(ratios),
@@ -53,7 +75,7 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     gpus = torch.cuda.device_count()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name(0) if gpus else None,
@@ -65,21 +87,13 @@ def machine() -> dict[str, Any]:
 
 def table(figures: list[Figure]) -> str:
     """For the terminal."""
-    lines = [f"{'figure':28} {'value':>14} {'unit':10} {'peer':>14} {'ratio':>7}   min to max"]
+    lines = []
     for f in figures:
-        line = f"{f.name:28} {f.value:14,.4g} {f.unit:10}"
-        if f.peer_value is not None:
-            line += f" {f.peer_value:14,.4g}"
-        if f.ratio is not None:
-            line += f" {f.ratio:7.3f}   {f.ratio_min:.3f} to {f.ratio_max:.3f}   vs {f.peer}"
+        line = f"{f.name:24} {f.value:12,.4g} {f.unit:10}"
+        if f.low is not None and f.high is not None:
+            line += f" [{f.low:,.4g} to {f.high:,.4g}]"
+        if f.peer is not None and f.peer_value is not None and f.ratio is not None:
+            line += f"   {f.peer} {f.peer_value:,.4g}   ratio {f.ratio:.3f}"
+            line += f" [{f.ratio_min:.3f} to {f.ratio_max:.3f}]"
         lines.append(line)
     return "\n".join(lines)
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-        return names[0] if names else platform.machine()
-    except OSError:
-        return platform.processor() or platform.machine()

@@ -1,12 +1,13 @@
 """The peer of `phalanx bench step`: a training loop as one writes it by hand over FSDP2."""
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from phalanx.parallel.ranks import Ranks
 from phalanx.train.build import torch_dtypes
@@ -27,7 +28,7 @@ class PeerLoop:
         dtypes = torch_dtypes(config.precision)
         with torch.device("meta"):
             self.model = Transformer(config.model).to(dtypes.params)
-        options = {
+        options: dict[str, Any] = {
             "mesh": init_device_mesh(ranks.device_type, (ranks.world_size,)),
             "reshard_after_forward": config.zero.stage == 3,
             "mp_policy": MixedPrecisionPolicy(
@@ -37,6 +38,7 @@ class PeerLoop:
         for block in self.model.layers.values():
             fully_shard(block, **options)
         fully_shard(self.model, **options)
+        self.sharded = cast(FSDPModule, self.model)
         self.model.to_empty(device=ranks.device)
         self.model.tie_weights()
         init_weights(self.model, config.model, seed=config.training.seed)
@@ -46,8 +48,12 @@ class PeerLoop:
         parameters = list(self.model.parameters())
         matrices = [p for p in parameters if p.dim() >= 2]
         vectors = [p for p in parameters if p.dim() < 2]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            groups,
             lr=optim.lr.peak,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
@@ -72,7 +78,7 @@ class PeerLoop:
         for index in range(self.num_microbatches):
             if self.config.zero.stage < 2:
                 last = index == self.num_microbatches - 1
-                self.model.set_requires_gradient_sync(last)
+                self.sharded.set_requires_gradient_sync(last)
             size = self.config.training.microbatch_size
             rows = slice(index * size, (index + 1) * size)
             document = None if batch.document_BS is None else batch.document_BS[rows]

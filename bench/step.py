@@ -7,7 +7,6 @@ measured apart, with one side alone in fresh ranks.
 
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from phalanx.bench.figures import Figure, compared
+from phalanx.bench.figures import Figure, Request, compared
 from phalanx.bench.peer_fsdp2 import PeerLoop
 from phalanx.fault.signals import StopRequest
 from phalanx.parallel.ranks import Ranks, process_group
@@ -29,16 +28,15 @@ PEER = "fsdp2"
 SIDES = ("phalanx", PEER)
 
 
-def bench_step(
-    config: Config, launch: Callable[..., list[Any]], *, world_size: int
-) -> list[Figure]:
+def bench(request: Request) -> list[Figure]:
     """Tokens per second, CPU seconds and peak memory of the configured layout and of the peer.
 
-    The peer shards over all `world_size` ranks.
+    The peer shards over all ranks.
 
     Raises:
         ValueError: the batch does not divide over the peer's ranks.
     """
+    config, world_size = request.config, request.world_size
     training = config.training
     share = world_size * training.microbatch_size
     if training.global_batch_size % share:
@@ -49,8 +47,8 @@ def bench_step(
     with tempfile.TemporaryDirectory(prefix="phalanx-bench-") as folder:
         config = _quiet(config, Path(folder))
         run = {"world_size": world_size, "config": config.launch}
-        timed = launch(measure_time, config, **run)[0]
-        memory = {side: launch(measure_memory, config, side, **run) for side in SIDES}
+        timed = request.launch(measure_time, config, **run)[0]
+        memory = {side: request.launch(measure_memory, config, side, **run) for side in SIDES}
     tokens = training.global_batch_size * training.seq_len * config.bench.steps
     rates = {side: [tokens / s for s in timed["wall"][side]] for side in SIDES}
     return [

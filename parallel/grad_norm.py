@@ -46,12 +46,12 @@ def clip_gradients(parameters: Iterable[Tensor], norm: float, max_norm: float) -
 
 
 @torch.no_grad()
-def nonfinite(named_parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of this rank's parameters whose gradient holds a NaN or an infinity."""
+def nonfinite(named_tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
+    """Names of tensors whose part on this rank holds a NaN or an infinity."""
     return [
         name
-        for name, parameter in named_parameters
-        if parameter.grad is not None and not _local(parameter.grad).isfinite().all()
+        for name, tensor in named_tensors
+        if tensor is not None and not _local(tensor).isfinite().all()
     ]
 
 

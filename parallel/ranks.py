@@ -44,7 +44,7 @@ class Ranks:
 
 @contextmanager
 def process_group(ranks: Ranks) -> Iterator[None]:
-    """Join the job's default process group (gloo, and NCCL for CUDA tensors); leave it at exit.
+    """Join the job's default process group (gloo, and NCCL for CUDA tensors); leave it at the end.
 
     Raises:
         RuntimeError: a rank did not come within `ranks.timeout_s`.
@@ -60,7 +60,6 @@ def process_group(ranks: Ranks) -> Iterator[None]:
         timeout=timedelta(seconds=ranks.timeout_s),
         device_id=ranks.device if ranks.device_type == "cuda" else None,
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not while an error unwinds: NCCL may wait there for ranks that will never come.
+    dist.destroy_process_group()

@@ -80,7 +80,7 @@ class TrainingConfig:
         for name in ("steps", "seq_len", "global_batch_size", "microbatch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("eval_every", "eval_batches"):
+        for name in ("seed", "eval_every", "eval_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name}={getattr(self, name)}: must be 0 or more")
 
@@ -276,6 +276,11 @@ class Config:
     def __post_init__(self) -> None:
         self._check_tensor_parallel()
         self._check_stages()
+        if self.training.eval_batches and not self.data.eval_fraction:
+            raise ValueError(
+                f"training.eval_batches={self.training.eval_batches}: data.eval_fraction=0 holds "
+                "nothing out to evaluate on; set training.eval_batches=0, or a fraction"
+            )
         profile = self.monitor.profile
         if profile.steps > 0 and profile.start >= self.training.steps:
             raise ValueError(
@@ -303,6 +308,27 @@ class Config:
                 f"{stages} pipeline stages, more than model.num_layers={self.model.num_layers}; "
                 "use fewer stages"
             )
+
+    def notes(self) -> list[str]:
+        """Settings that do something else than their name says in this layout, or nothing."""
+        notes = []
+        pp, stage = self.parallel.pp, self.zero.stage
+        sharded = self.parallel.dp_shard != 1 or self.parallel.dp_replicate != 1
+        if pp == 1 and self.pipeline.schedule != PipelineConfig().schedule:
+            notes.append(f"pipeline.schedule={self.pipeline.schedule}: no effect at parallel.pp=1")
+        if not sharded and stage != ZeroConfig().stage:
+            notes.append(f"zero.stage={stage}: no effect with one data-parallel rank")
+        if not sharded and self.precision.reduce is not PrecisionConfig().reduce:
+            notes.append(
+                f"precision.reduce={self.precision.reduce.name}: no effect with one "
+                "data-parallel rank"
+            )
+        if pp > 1 and sharded and stage >= 2:
+            notes.append(
+                f"zero.stage={stage}: in a pipeline, gradients are reduced once a step, after the "
+                "last microbatch, and held whole until then"
+            )
+        return notes
 
     def num_microbatches(self, world_size: int) -> int:
         """Microbatches that each data-parallel rank computes in a step.

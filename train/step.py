@@ -136,9 +136,22 @@ class Engine:
             module.train()
 
     def _blame(self, loss: float, norm: float) -> str:
-        """Name the parameters behind a loss or norm that is not finite; collective."""
-        named: list[list[str]] = [[] for _ in range(self.mesh.world.size())]
-        dist.all_gather_object(named, nonfinite(self.model.parameters.items()))
-        names = sorted({name for part in named for name in part})
-        which = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        return f"loss={loss}, gradient norm={norm}; gradients not finite in: {which or 'none'}"
+        """Name the parameters behind a loss or norm that is not finite; collective.
+
+        Gradients behind a weight that is not finite are mostly lost too, so weights come first.
+        """
+        named = self.model.parameters.items()
+        mine = (nonfinite(named), nonfinite((name, p.grad) for name, p in named))
+        everyone: list[tuple[list[str], list[str]]] = [([], [])] * self.mesh.world.size()
+        dist.all_gather_object(everyone, mine)
+        weights, gradients = (_few(set().union(*lists)) for lists in zip(*everyone, strict=True))
+        return (
+            f"loss={loss}, gradient norm={norm}; "
+            f"weights not finite in: {weights}; gradients not finite in: {gradients}"
+        )
+
+
+def _few(names: set[str]) -> str:
+    """The first names in order, and how many more."""
+    shown = ", ".join(sorted(names)[:5]) or "none"
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,6 +1,7 @@
 """The training loop: the function that every rank of `phalanx train` runs."""
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,11 @@ def train(ranks: Ranks, config: Config) -> dict[str, Any]:
         FloatingPointError: a loss or gradient was not finite; names step and parameters.
         ValueError: the checkpoint does not continue into this configuration.
     """
+    entered = time.time()
     with StopRequest() as stop, process_group(ranks):
+        joined = time.time()
         trainer = Trainer(config, ranks)
+        trainer.events.record("ranks_joined", entered=entered, joined=joined, ready=time.time())
         try:
             return trainer.run(stop)
         finally:
@@ -68,7 +72,7 @@ class Trainer:
             world_size=ranks.world_size,
             on_event=self.events.on_event,
         )
-        self.first_step = self._resume() if config.checkpoint.resume else 0
+        self.first_step = self._resume()
         self.report = RunReport(
             config,
             self.run_dir,
@@ -98,6 +102,8 @@ class Trainer:
                     loss, stopping = self.step(done, batch, stop)
                     window.step()
                     done += 1
+                    if done == self.first_step + 1:
+                        self.events.record("first_step", step=done)
                     if stopping:
                         stopped = stop.reason or "another rank"
                     elif done < steps:
@@ -178,6 +184,12 @@ class Trainer:
         newest = self.checkpoints.newest()
         if newest is None:
             return 0
+        if not self.config.checkpoint.resume:
+            raise ValueError(
+                f"checkpoint.resume=false: {self.config.checkpoint.dir} holds a run's checkpoint "
+                f"of step {newest}, which a new run would mix with its own; choose another "
+                "run.dir, or remove it"
+            )
         names = self.checkpoints.names(newest)
         tensors = self.engine.state_tensors()
         if not any(name.startswith("optim.") for name in names):
@@ -200,7 +212,7 @@ class Trainer:
 
     def _evaluate(self, done: int) -> None:
         count = self.config.training.eval_batches
-        if not count or not self.config.data.eval_fraction:
+        if not count:
             return
         source = self._source("eval")
         batches: Iterator[Batch] = map(source.batch, itertools.count())

@@ -66,6 +66,10 @@ class ModelConfig:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "ffn_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("num_kv_heads", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name}={value}: must be at least 1, or empty")
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(
                 f"model.num_heads={self.num_heads}: does not divide model.dim={self.dim}; "

@@ -10,9 +10,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from phalanx.checkpoint.chunks import chunk_of
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.model.transformer import parameter_name
 
@@ -27,7 +26,10 @@ def init_weights(module: nn.Module, config: ModelConfig, *, seed: int) -> None:
     (GPT-2 report, section 2.3).
     """
     for fqn, parameter in module.named_parameters():
-        local, offset = _local_part(parameter)
+        chunk = chunk_of(fqn, parameter)
+        if chunk is None:
+            continue
+        local = chunk.local
         if fqn.endswith("bias"):
             local.zero_()
         elif parameter.dim() == 1:
@@ -35,21 +37,8 @@ def init_weights(module: nn.Module, config: ModelConfig, *, seed: int) -> None:
         else:
             residual = fqn.endswith(("wo.weight", "w2.weight"))
             std = config.init_std / (math.sqrt(2 * config.num_layers) if residual else 1.0)
-            _fill_normal(
-                local, offset, parameter.shape[1], std, f"{seed}:{parameter_name(fqn, config)}"
-            )
-
-
-def _local_part(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """This rank's part of a parameter and where it begins in the whole."""
-    if not isinstance(parameter, DTensor):
-        return parameter, (0,) * parameter.dim()
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    local = parameter.to_local()
-    assert tuple(local.shape) == tuple(shape), (local.shape, shape)
-    return local, tuple(offset)
+            name = f"{seed}:{parameter_name(fqn, config)}"
+            _fill_normal(local, tuple(chunk.offsets), parameter.shape[1], std, name)
 
 
 def _fill_normal(

@@ -88,14 +88,16 @@ def compare(reference: Path, other: Path, tolerance: float) -> tuple[dict[str, W
     worst = {kind: Worst() for kind in KINDS}
     findings: list[str] = []
     recorded = _steps(other)
-    before = read_step(other, recorded[0]["step"] - 1)
+    before, _ = read_step(other, recorded[0]["step"] - 1)
     for entry in recorded:
         step, wanted = entry["step"], expected[entry["step"]]
         findings += _about_samples(step, entry["samples"], wanted["samples"])
         for kind in ("loss", "grad_norm"):
             error = abs(entry[kind] - wanted[kind]) / abs(wanted[kind])
             worst[kind] = _worse(worst[kind], error, step, "")
-        ours, theirs = read_step(other, step), read_step(reference, step)
+        ours, differing = read_step(other, step)
+        theirs, _ = read_step(reference, step)
+        findings += [f"step {step}: copies of {name} differ between ranks" for name in differing]
         missing = sorted(theirs.keys() - ours.keys())
         findings += [f"step {step}: {name} is missing" for name in missing]
         floor = GRAD_FLOOR * wanted["grad_norm"]

@@ -1,9 +1,9 @@
 """Running steps while keeping everything that they computed, whole, on disk.
 
 A record is a folder: `steps.json` with each step's loss, norm and the samples it used, and
-`step{n}.pp{r}.safetensors` with every gradient (before clipping) and every parameter (after the
-update) of pipeline rank r, gathered from the shards. The parameters before the first step stand
-under the number before it.
+`step{n}.rank{r}.safetensors` with rank r's part of every gradient (before clipping) and of every
+parameter (after the update), and where it lies in the whole. The parameters before the first step
+stand under the number before it.
 """
 
 import json
@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from phalanx.checkpoint.chunks import Chunk, chunk_of
 from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.parallel.mesh import build_mesh
 from phalanx.parallel.ranks import Ranks, process_group
@@ -70,27 +71,44 @@ def record(ranks: Ranks, config: Config, folder: Path, *, first: int, save_at: i
             (folder / "steps.json").write_text(json.dumps(steps))
 
 
-def read_step(folder: Path, step: int) -> dict[str, Tensor]:
-    """All tensors of a recorded step by name, "grad.<parameter>" and "param.<parameter>"."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob(f"step{step}.pp*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
+def read_step(folder: Path, step: int) -> tuple[dict[str, Tensor], list[str]]:
+    """All tensors of a recorded step, put together from the ranks' parts, by name
+    ("grad.<parameter>", "param.<parameter>"); and the names whose copies differ between ranks.
+
+    Elements that no rank holds are NaN.
+    """
+    whole: dict[str, Tensor] = {}
+    differing: dict[str, None] = {}
+    for path in sorted(folder.glob(f"step{step}.rank*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            boxes = json.loads(file.metadata()["boxes"])
+            for name, (size, offsets) in boxes.items():
+                part = file.get_tensor(name)
+                if name not in whole:
+                    whole[name] = torch.full(size, torch.nan, dtype=part.dtype)
+                place = whole[name]
+                for dim, (start, length) in enumerate(zip(offsets, part.shape, strict=True)):
+                    place = place.narrow(dim, start, length)
+                filled = ~place.isnan()
+                if not torch.equal(place[filled], part[filled]):
+                    differing[name] = None
+                place.copy_(part)
+    return whole, list(differing)
 
 
 def _step(engine: Engine, batch: Batch, step: int, folder: Path) -> dict[str, Any]:
     """One step like the trainer's, recorded."""
     mesh, config = engine.mesh, engine.config
     gradients = engine.gradients(batch)
-    kept = {
-        f"grad.{name}": _whole(p.grad)
+    parts = {
+        f"grad.{name}": _part(name, p.grad)
         for name, p in engine.model.parameters.items()
         if p.grad is not None
     }
     stale = StaleShard(engine.model, config.verify.inject, mesh)
     engine.update(gradients, learning_rate(config.optim.lr, step, config.training.steps))
     stale.restore()
-    _write(kept | _parameters(engine), engine, folder, step)
+    _write(parts | _parameters(engine), engine, folder, step)
     return {
         "step": step,
         "loss": gradients.loss,
@@ -99,15 +117,25 @@ def _step(engine: Engine, batch: Batch, step: int, folder: Path) -> dict[str, An
     }
 
 
-def _parameters(engine: Engine) -> dict[str, Tensor]:
-    """Every parameter that this pipeline rank holds, whole; collective."""
-    return {f"param.{name}": _whole(p.detach()) for name, p in engine.model.parameters.items()}
+def _parameters(engine: Engine) -> dict[str, Chunk | None]:
+    """This rank's part of every parameter."""
+    return {f"param.{name}": _part(name, p) for name, p in engine.model.parameters.items()}
 
 
-def _write(tensors: dict[str, Tensor], engine: Engine, folder: Path, step: int) -> None:
-    mesh = engine.mesh
-    if mesh.dp_rank == 0 and mesh.rank("tp") == 0:
-        save_file(tensors, folder / f"step{step}.pp{mesh.rank('pp')}.safetensors")
+def _part(name: str, tensor: Tensor) -> Chunk | None:
+    """A copy, on the CPU, of this rank's part of a tensor."""
+    chunk = chunk_of(name, tensor.detach())
+    return chunk and replace(chunk, local=chunk.local.cpu().contiguous().clone())
+
+
+def _write(parts: dict[str, Chunk | None], engine: Engine, folder: Path, step: int) -> None:
+    held = {name: chunk for name, chunk in parts.items() if chunk is not None}
+    boxes = {name: (list(chunk.size), list(chunk.offsets)) for name, chunk in held.items()}
+    save_file(
+        {name: chunk.local for name, chunk in held.items()},
+        folder / f"step{step}.rank{engine.mesh.world.get_rank()}.safetensors",
+        metadata={"boxes": json.dumps(boxes)},
+    )
 
 
 def _samples(batch: Batch, engine: Engine) -> list[tuple[int, int]]:
@@ -119,9 +147,3 @@ def _samples(batch: Batch, engine: Engine) -> list[tuple[int, int]]:
     everyone: list[Any] = [None] * mesh.world.size()
     dist.all_gather_object(everyone, mine)
     return [sample for _, part in sorted(dict(everyone).items()) for sample in part]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The full tensor on the CPU, gathered from its shards; collective."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().cpu().contiguous().clone()

@@ -1,0 +1,60 @@
+"""What ranks tell each other about a checkpoint: a failure on one is known to all."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; raised on every rank, naming the one at fault."""
+
+
+class Peers:
+    """The ranks that save and load together; without a group, one process alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank, by rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value."""
+        if self.group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self.group, group_src=0)
+        return values[0]
+
+    def agree(self, what: str, action: Callable[[], T]) -> list[T]:
+        """Run `action` on every rank and return all results, or fail on every rank alike.
+
+        Raises:
+            CheckpointError: `action` raised on some rank; says which, and what.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+        answers = self.gather((result, None if error is None else self._blame(error)))
+        failed = dict.fromkeys(text for _, text in answers if text is not None)
+        if failed:
+            raise CheckpointError(f"{what}: " + "; ".join(failed)) from error
+        return [answer for answer, _ in answers]  # type: ignore[misc]
+
+    def _blame(self, error: Exception) -> str:
+        if isinstance(error, CheckpointError):  # every rank knows, and the text says who
+            return str(error)
+        return f"rank {self.rank}: {type(error).__name__}: {error}"

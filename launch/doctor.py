@@ -1,0 +1,136 @@
+"""`phalanx doctor`: what this machine can do; for what it cannot, the cause and what to do."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from phalanx.launch import env, machine
+from phalanx.launch.failure import BadInput, RankFailed
+from phalanx.launch.local import warm_up
+from phalanx.launch.machine import Finding, State, installed
+from phalanx.launch.start import launch
+from phalanx.train.config import Device, LaunchConfig
+
+
+def doctor(argv: Sequence[str]) -> None:
+    """Print every finding; with `--json FILE` write them too. Exits with 1 when one failed."""
+    json_file, folder = _parse(argv)
+    warm_up()
+    findings = []
+    for finding in examine(folder):
+        findings.append(finding)
+        print(f"{finding.state.value:<5} {finding.name:<12} {finding.found}", flush=True)
+        if finding.advice:
+            print(f"{'':18} {finding.advice}", flush=True)
+    failed = [finding.name for finding in findings if finding.state is State.fail]
+    if json_file is not None:
+        content = [asdict(finding) | {"state": finding.state.value} for finding in findings]
+        json_file.write_text(json.dumps({"ok": not failed, "findings": content}, indent=2) + "\n")
+    if failed:
+        print(f"phalanx: doctor: failed: {', '.join(failed)}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _parse(argv: Sequence[str]) -> tuple[Path | None, Path]:
+    from phalanx.launch.hydra_app import json_option
+
+    json_file, rest = json_option(argv)
+    folder = Path("runs")
+    for text in rest:
+        key, _, value = text.partition("=")
+        if key != "run.dir" or not value:
+            raise BadInput(f"doctor: {text}: takes run.dir=DIR and --json FILE only")
+        folder = Path(value)
+    return json_file, folder
+
+
+def examine(folder: Path) -> Iterator[Finding]:
+    """Every check, cheap ones first."""
+    checks: tuple[Callable[[], Finding], ...] = (
+        machine.check_python,
+        machine.check_torch,
+        machine.check_cpu,
+        machine.check_memory,
+        machine.check_shared_memory,
+        lambda: machine.check_disk(folder),
+        machine.check_open_files,
+        machine.check_hostname,
+        machine.check_loopback,
+        machine.check_compiler,
+        *(_package(*row) for row in PACKAGES),
+        _gloo,
+        _nccl,
+    )
+    for check in checks:
+        yield check()
+
+
+PACKAGES = (
+    ("tokenizers", State.fail, "phalanx data prepare needs it: pip install tokenizers"),
+    ("tensorboard", State.fail, "monitor.tensorboard needs it: pip install tensorboard"),
+    ("ray", State.warn, "launch=ray needs it: pip install 'phalanx-train[ray]'"),
+    (
+        "transformers",
+        State.warn,
+        "only its comparison tests need it: pip install 'phalanx-train[hf]'",
+    ),
+)
+"""Distribution, how bad its absence is, what to do."""
+
+
+def _package(name: str, absent: State, advice: str) -> Callable[[], Finding]:
+    def check() -> Finding:
+        version = installed(name)
+        if version is None:
+            return Finding(name=name, state=absent, found="not installed", advice=advice)
+        return Finding(name=name, state=State.ok, found=version)
+
+    return check
+
+
+def _gloo() -> Finding:
+    return _all_reduce("gloo", LaunchConfig(device=Device.cpu, timeout_s=60), world_size=2)
+
+
+def _nccl() -> Finding:
+    gpus = env.gpu_count()
+    if not gpus:
+        return Finding(name="nccl", state=State.ok, found="no GPU, not tried")
+    config = LaunchConfig(device=Device.cuda, timeout_s=60)
+    return _all_reduce("nccl", config, world_size=gpus)
+
+
+def _all_reduce(name: str, config: LaunchConfig, *, world_size: int) -> Finding:
+    try:
+        sums = launch(sum_over_ranks, world_size=world_size, config=config)
+    except RankFailed as error:
+        lines = error.traceback_text.strip().splitlines()
+        return Finding(
+            name=name,
+            state=State.fail,
+            found=f"rank {error.rank}: {lines[-1]}",
+            advice="ranks cannot talk: see loopback and hostname; firewalls block high ports",
+        )
+    want = world_size * (world_size + 1) / 2
+    if sums != [want] * world_size:
+        found = f"an all-reduce gave {sums}, not {want}"
+        return Finding(
+            name=name, state=State.fail, found=found, advice="this torch build is broken"
+        )
+    return Finding(name=name, state=State.ok, found=f"all-reduce over {world_size} ranks works")
+
+
+def sum_over_ranks(ranks: Any) -> float:
+    """1 + 2 + ... over the ranks, by an all-reduce on their device."""
+    import torch
+    import torch.distributed as dist
+
+    from phalanx.parallel.ranks import process_group
+
+    with process_group(ranks):
+        x = torch.full((1,), ranks.rank + 1.0, device=ranks.device)
+        dist.all_reduce(x)
+        return float(x.item())

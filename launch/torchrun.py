@@ -1,0 +1,124 @@
+"""torchrun: starting it, and being one of its workers."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from phalanx.launch import env
+from phalanx.launch.failure import BadInput, Failure, RankFailed, first_failure
+from phalanx.launch.logs import redirect
+from phalanx.train.config import Config, LaunchConfig
+
+CULPRIT_S = 2.0
+"""How long a rank that failed because another did waits for that one to tell its failure."""
+
+
+def run_torchrun(arguments: Sequence[str], *, config: Config, world_size: int) -> None:
+    """`python -m torch.distributed.run ... -m phalanx.train ARGUMENTS` on this node, to its end.
+
+    Raises:
+        RankFailed: a rank of this node failed.
+        BadInput: launch.nodes > 1 without launch.address.
+    """
+    started = time.time()
+    log_dir = Path(config.run.dir) / "logs"
+    command = [*_torchrun(config.launch, world_size), "-m", "phalanx.train", *arguments]
+    threads = env.threads_per_rank(config.launch, world_size // config.launch.nodes)
+    process = subprocess.Popen(
+        command, start_new_session=True, env={"OMP_NUM_THREADS": str(threads)} | os.environ
+    )
+
+    def forward(signum: int, _frame: Any) -> None:
+        process.send_signal(signal.SIGTERM)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            before[signum] = signal.signal(signum, forward)
+    try:
+        code = process.wait()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if code:
+        failures = _read_failures(log_dir, since=started)
+        if failures:
+            raise first_failure(failures)
+        text = f"torchrun ended with exit code {code}; its messages above name the rank"
+        raise RankFailed(0, socket.gethostname(), text)
+
+
+def _torchrun(launch: LaunchConfig, world_size: int) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={launch.nodes}"]
+    command.append(f"--nproc-per-node={world_size // launch.nodes}")
+    if launch.nodes == 1:
+        return [*command, "--standalone"]
+    if launch.address is None:
+        raise BadInput(
+            f"launch.nodes={launch.nodes}: torchrun needs launch.address=HOST:PORT, the same on "
+            "every node, where HOST is one of them"
+        )
+    return [*command, "--rdzv-backend=c10d", f"--rdzv-endpoint={launch.address}"]
+
+
+def run_as_worker(
+    fn: Callable[..., Any], *args: Any, config: LaunchConfig, log_dir: Path | None
+) -> Any:
+    """Be the rank that torchrun's variables describe; exits with 1 when `fn` raises."""
+    from phalanx.parallel.ranks import Ranks
+
+    place = env.torchrun_place()
+    if place is None:
+        raise RuntimeError("not started by torchrun: TORCHELASTIC_RUN_ID is not set")
+    ranks = Ranks(
+        rank=place.rank,
+        world_size=place.world_size,
+        local_rank=place.local_rank,
+        local_world_size=place.local_world_size,
+        init_method="env://",
+        device_type=env.device_type(config, place.local_world_size),
+        threads=env.threads_per_rank(config, place.local_world_size),
+        timeout_s=config.timeout_s,
+    )
+    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    log = redirect(rank=ranks.rank, log_dir=log_dir)
+    try:
+        return fn(ranks, *args)
+    except Exception:
+        failure = Failure(rank=ranks.rank, host=socket.gethostname(), text=traceback.format_exc())
+        if log is not None and log_dir is not None:
+            log.write(failure.text)
+            _failure_file(log_dir, ranks.rank).write_text(json.dumps(vars(failure)))
+        name = f"phalanx: rank {failure.rank} on {failure.host}"
+        if failure.follows and log is not None:
+            # The culprit's traceback shall be the one that is seen, and torchrun ends every rank
+            # once the first has exited: leave it the time to speak.
+            terminal.write(f"{name} lost a peer; its traceback is in {log.name}\n")
+            time.sleep(CULPRIT_S)
+        else:
+            terminal.write(f"{failure.text}{name} failed\n")
+        raise SystemExit(1) from None
+
+
+def _failure_file(log_dir: Path, rank: int) -> Path:
+    return log_dir / f"failure{rank}.json"
+
+
+def _read_failures(log_dir: Path, *, since: float) -> list[Failure]:
+    """What this run's workers left, in order."""
+    files = [file for file in log_dir.glob("failure*.json") if file.stat().st_mtime >= since]
+    failures = []
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        with suppress(json.JSONDecodeError):  # cut short by torchrun's kill
+            failures.append(Failure(**json.loads(file.read_text())))
+    return failures

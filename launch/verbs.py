@@ -1,0 +1,226 @@
+"""What each verb does: one short function, given the rest of the command line.
+
+Heavy modules are imported where they are needed, after the configuration has been checked.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from phalanx.launch import env
+from phalanx.launch.compose import world_size
+from phalanx.launch.failure import BadInput, user_input
+from phalanx.launch.hydra_app import Job, json_option, run
+from phalanx.launch.start import launch
+from phalanx.train.config import Config, Launcher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A word after `phalanx`."""
+
+    run: Callable[[list[str]], None]
+    """Takes the rest of the command line; raises BadInput for bad input, SystemExit(1) for a
+    failure that it has shown."""
+    usage: str
+    summary: str
+    examples: tuple[str, ...] = ()
+    takes_overrides: bool = True
+
+
+def train(argv: Sequence[str]) -> None:
+    """Train, or under torchrun take part in a training."""
+    run("train", argv, _train)
+
+
+def verify(argv: Sequence[str]) -> None:
+    """Compare a layout with one process."""
+    json_file, rest = json_option(argv)
+    run("verify", rest, partial(_verify, json_file=json_file))
+
+
+def bench(argv: Sequence[str]) -> None:
+    """Measure beside a peer."""
+    json_file, rest = json_option(argv)
+    name = rest[0] if rest else ""
+    if name not in BENCHES:
+        raise BadInput(f"bench {name}: unknown; choose one of {', '.join(BENCHES)}")
+    run("bench", rest[1:], partial(_bench, name=name, json_file=json_file))
+
+
+def data(argv: Sequence[str]) -> None:
+    """Prepare token files, or show what is in them."""
+    action = argv[0] if argv else ""
+    if action not in ("prepare", "show"):
+        raise BadInput(f"data {action}: unknown; choose prepare or show")
+    run("data", argv[1:], partial(_data, action=action), starts_ranks=False)
+
+
+def checkpoint(argv: Sequence[str]) -> None:
+    """Exchange weights with Hugging Face."""
+    from phalanx.launch.checkpoint_verb import checkpoint as do
+
+    do(argv)
+
+
+def doctor(argv: Sequence[str]) -> None:
+    """Look at the machine."""
+    from phalanx.launch.doctor import doctor as do
+
+    do(argv)
+
+
+BENCHES = {"step": "phalanx.bench.step", "startup": "phalanx.bench.startup"}
+"""Benches by name: a module with `bench(request) -> list of figures`."""
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        run=train,
+        usage="phalanx train [OVERRIDES] [HYDRA OPTIONS]",
+        summary="train; a run started again in the same run.dir resumes",
+        examples=(
+            "phalanx train experiment=tiny",
+            "phalanx train experiment=llama3_8b parallel.dp_shard=8 run.dir=runs/first",
+            "phalanx train parallel.tp=2 parallel.pp=2 pipeline.schedule=gpipe",
+            "phalanx train --multirun optim.lr.peak=1e-3,3e-3",
+            "phalanx train --cfg job",
+            "torchrun --nproc-per-node 4 -m phalanx.train experiment=tiny",
+        ),
+    ),
+    "verify": Verb(
+        run=verify,
+        usage="phalanx verify [--json FILE] [OVERRIDES]",
+        summary="prove that a layout computes what one process computes",
+        examples=(
+            "phalanx verify parallel.dp_shard=2 parallel.tp=2",
+            "phalanx verify parallel.pp=2 'verify.resume_in={tp: 2}' --json verify.json",
+        ),
+    ),
+    "data": Verb(
+        run=data,
+        usage="phalanx data prepare|show [OVERRIDES]",
+        summary="turn text into token files, or show them",
+        examples=(
+            "phalanx data prepare data=demo",
+            "phalanx data prepare data=files data.dir=datasets/mine 'data.text=[corpus/*.txt]'",
+            "phalanx data show data=demo",
+        ),
+    ),
+    "checkpoint": Verb(
+        run=checkpoint,
+        usage="phalanx checkpoint import|export [--dtype TYPE] SOURCE TARGET",
+        summary="exchange weights with Hugging Face safetensors",
+        examples=(
+            "phalanx checkpoint import Llama-3.2-1B checkpoints/llama",
+            "phalanx checkpoint export --dtype fp32 runs/tiny/checkpoints exported",
+        ),
+        takes_overrides=False,
+    ),
+    "bench": Verb(
+        run=bench,
+        usage=f"phalanx bench {'|'.join(BENCHES)} [--json FILE] [OVERRIDES]",
+        summary="measure: a step beside a plain FSDP2 loop, or the start-up",
+        examples=(
+            "phalanx bench step parallel.dp_shard=2 parallel.pp=1 --json step.json",
+            "phalanx bench startup experiment=tiny",
+        ),
+    ),
+    "doctor": Verb(
+        run=doctor,
+        usage="phalanx doctor [--json FILE]",
+        summary="what this machine can do, and a named cause for what it cannot",
+        takes_overrides=False,
+    ),
+}
+
+
+def _train_rank(ranks: Any, config: Config) -> Any:
+    from phalanx.train.trainer import train as train_on_rank
+
+    return train_on_rank(ranks, config)
+
+
+def _train(job: Job) -> None:
+    config = job.config
+    place = env.torchrun_place()
+    folder = Path(config.run.dir)
+    if place is None or place.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+        for note in config.notes():
+            print(f"phalanx: note: {note}", file=sys.stderr)
+    if config.launch.launcher is Launcher.torchrun and place is None:
+        from phalanx.launch.torchrun import run_torchrun
+
+        run_torchrun(job.arguments, config=config, world_size=world_size(config))
+        return
+    launch(
+        _train_rank,
+        config,
+        world_size=world_size(config),
+        config=config.launch,
+        log_dir=folder / "logs",
+    )
+
+
+def _verify(job: Job, *, json_file: Path | None) -> None:
+    _need_own_launch("verify", job.config)
+    with user_input():
+        report = import_module("phalanx.train.verify").verify(
+            job.config, launch, world_size=world_size(job.config)
+        )
+    print(report.table())
+    _write_json(json_file, report.to_json())
+    if not report.passed:
+        raise SystemExit(1)
+
+
+def _bench(job: Job, *, name: str, json_file: Path | None) -> None:
+    _need_own_launch("bench", job.config)
+    from phalanx.bench.figures import Request, report, table
+
+    request = Request(
+        config=job.config,
+        world_size=world_size(job.config),
+        launch=launch,
+        arguments=job.arguments,
+    )
+    with user_input():
+        figures = import_module(BENCHES[name]).bench(request)
+    print(table(figures))
+    _write_json(json_file, report(figures))
+
+
+def _data(job: Job, *, action: str) -> None:
+    module = import_module("phalanx.train.data.prepare")
+    with user_input():
+        if action == "prepare":
+            module.prepare(job.config.data)
+        else:
+            print(module.show(job.config.data))
+
+
+def _need_own_launch(verb: str, config: Config) -> None:
+    """verify and bench start ranks several times over: not as one worker of torchrun."""
+    if env.torchrun_place() is not None or config.launch.launcher is Launcher.torchrun:
+        raise BadInput(
+            f"launch.launcher=torchrun: `phalanx {verb}` starts its ranks several times; "
+            "use launch=local or launch=ray"
+        )
+
+
+def _write_json(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_name(f".{path.name}.{os.getpid()}")
+        partial_path.write_text(json.dumps(content, indent=2) + "\n")
+        partial_path.replace(path)
+        print(f"wrote {path}", file=sys.stderr)

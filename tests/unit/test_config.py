@@ -1,0 +1,308 @@
+"""Every refusal of every config.py names the key and the value, and none is untested."""
+
+import ast
+import importlib
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from phalanx.checkpoint.config import CheckpointConfig
+from phalanx.parallel.config import ParallelConfig
+from phalanx.parallel.pipeline.config import PipelineConfig
+from phalanx.parallel.zero.config import ZeroConfig
+from phalanx.train.config import (
+    BenchConfig,
+    Config,
+    LaunchConfig,
+    Launcher,
+    MonitorConfig,
+    Precision,
+    PrecisionConfig,
+    ProfileConfig,
+    SampleConfig,
+    TrainingConfig,
+    VerifyConfig,
+)
+from phalanx.train.data.config import CorpusConfig, DataConfig
+from phalanx.train.model.config import ModelConfig, RopeScalingConfig
+from phalanx.train.optim.config import LrConfig, OptimConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = [
+    "checkpoint.config",
+    "parallel.config",
+    "parallel.pipeline.config",
+    "parallel.zero.config",
+    "train.config",
+    "train.data.config",
+    "train.model.config",
+    "train.optim.config",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A wrong setting and the words that its refusal must hold."""
+
+    make: Callable[[], object]
+    words: tuple[str, ...]
+
+
+def of(part: type, prefix: str, key: str, value: object, *words: str, **others: object) -> Case:
+    """One wrong `value` of one key."""
+    shown = getattr(value, "value", value)
+    return Case(
+        make=lambda: part(**{key: value}, **others), words=(f"{prefix}.{key}={shown}", *words)
+    )
+
+
+def whole(words: tuple[str, ...], **parts: object) -> Case:
+    """A wrong combination of parts, each right in itself."""
+    return Case(make=lambda: Config(**parts), words=words)  # type: ignore[arg-type]
+
+
+def batches(words: tuple[str, ...], world_size: int, **parts: object) -> Case:
+    """A batch that does not fit a world."""
+    return Case(
+        make=lambda: Config(**parts).num_microbatches(world_size),  # type: ignore[arg-type]
+        words=words,
+    )
+
+
+TINY = ModelConfig(vocab_size=300, dim=36, num_layers=5, num_heads=6, num_kv_heads=2, ffn_dim=52)
+PP2 = ParallelConfig(pp=2, dp_shard=1)
+
+
+def sized_batch(size: int) -> TrainingConfig:
+    return TrainingConfig(global_batch_size=size, seq_len=32)
+
+
+CASES = [
+    *(of(CheckpointConfig, "checkpoint", key, -1, "0 or more") for key in ("every", "keep")),
+    of(CheckpointConfig, "checkpoint", "keep_every", -3, "0 or more"),
+    *(
+        of(ParallelConfig, "parallel", axis, 0, "from 1")
+        for axis in ("pp", "dp_replicate", "cp", "tp", "ep")
+    ),
+    of(ParallelConfig, "parallel", "tp", -2, "from 1"),
+    of(ParallelConfig, "parallel", "dp_shard", 0, "-1"),
+    of(ParallelConfig, "parallel", "dp_shard", -2, "-1"),
+    of(ParallelConfig, "parallel", "cp", 2, "parallel.cp=1"),
+    of(ParallelConfig, "parallel", "ep", 4, "parallel.ep=1"),
+    Case(
+        make=lambda: ParallelConfig(pp=2, tp=2).sized(6),
+        words=("pp=2", "tp=2", "= 4", "6 ranks", "launch.ranks_per_node"),
+    ),
+    Case(
+        make=lambda: ParallelConfig(pp=2, dp_shard=3).sized(4),
+        words=("pp=2", "dp_shard=3", "= 6", "4 ranks", "parallel.dp_shard=-1"),
+    ),
+    of(PipelineConfig, "pipeline", "schedule", "zb", "gpipe, 1f1b, interleaved"),
+    of(PipelineConfig, "pipeline", "stages_per_rank", 1, "at least 2", schedule="interleaved"),
+    of(PipelineConfig, "pipeline", "stages_per_rank", 2, "use 1", schedule="gpipe"),
+    of(PipelineConfig, "pipeline", "stages_per_rank", 0, "use 1"),
+    of(ZeroConfig, "zero", "stage", 4, "0, 1, 2 or 3"),
+    of(ZeroConfig, "zero", "stage", -1, "0, 1, 2 or 3"),
+    *(
+        of(TrainingConfig, "training", key, 0, "at least 1")
+        for key in ("steps", "seq_len", "global_batch_size", "microbatch_size")
+    ),
+    *(
+        of(TrainingConfig, "training", key, -1, "0 or more")
+        for key in ("seed", "eval_every", "eval_batches")
+    ),
+    of(PrecisionConfig, "precision", "params", Precision.bf16, "precision.compute=bf16"),
+    of(LaunchConfig, "launch", "nodes", 0, "at least 1"),
+    of(LaunchConfig, "launch", "ranks_per_node", 0, "at least 1"),
+    of(LaunchConfig, "launch", "threads_per_rank", -1, "at least 1"),
+    of(LaunchConfig, "launch", "timeout_s", 0.0, "above 0"),
+    of(LaunchConfig, "launch", "nodes", 2, "launch=torchrun", launcher=Launcher.local),
+    of(ProfileConfig, "monitor.profile", "start", -1, "0 or more"),
+    of(ProfileConfig, "monitor.profile", "steps", -1, "0 or more"),
+    *(
+        Case(
+            make=lambda key=key: SampleConfig(**{key: -1}),  # type: ignore[misc]
+            words=("monitor.sample", f"{key}=-1", "negative"),
+        )
+        for key in ("tokens", "every", "temperature")
+    ),
+    of(MonitorConfig, "monitor", "log_every", 0, "at least 1"),
+    of(VerifyConfig, "verify", "steps", 1, "at least 2"),
+    of(VerifyConfig, "verify", "dtype", Precision.bf16, "fp32 or fp64"),
+    Case(make=lambda: BenchConfig(rounds=0), words=("bench", "rounds=0", "at least 1")),
+    Case(make=lambda: BenchConfig(steps=0), words=("bench", "steps=0", "at least 1")),
+    whole(
+        ("monitor.profile.start=1000", "training.steps=1000"),
+        monitor=MonitorConfig(profile=ProfileConfig(start=1000, steps=1)),
+    ),
+    *(
+        whole((f"parallel.tp={tp}", key), model=TINY, parallel=ParallelConfig(tp=tp))
+        for tp, key in (
+            (4, "model.num_heads=6"),
+            (3, "model.num_kv_heads=2"),
+        )
+    ),
+    whole(
+        ("parallel.tp=2", "model.ffn_dim=51"),
+        model=replace(TINY, ffn_dim=51),
+        parallel=ParallelConfig(tp=2),
+    ),
+    whole(
+        ("parallel.tp=2", "model.vocab_size=299"),
+        model=replace(TINY, vocab_size=299),
+        parallel=ParallelConfig(tp=2),
+    ),
+    whole(
+        ("parallel.tp=2", "training.seq_len=31"),
+        model=TINY,
+        training=TrainingConfig(seq_len=31),
+        parallel=ParallelConfig(tp=2),
+    ),
+    whole(
+        ("parallel.pp=6", "6 pipeline stages", "model.num_layers=5"),
+        model=TINY,
+        parallel=ParallelConfig(pp=6),
+    ),
+    whole(
+        ("parallel.pp=2 x 3 stages per rank = 6", "model.num_layers=5"),
+        model=TINY,
+        parallel=PP2,
+        pipeline=PipelineConfig(schedule="interleaved", stages_per_rank=3),
+    ),
+    batches(
+        ("training.global_batch_size=6", "4 data-parallel ranks", "microbatch_size=1"),
+        4,
+        training=sized_batch(6),
+    ),
+    batches(
+        ("pipeline.schedule=interleaved", "3 microbatches", "parallel.pp=2"),
+        2,
+        training=sized_batch(3),
+        parallel=PP2,
+        pipeline=PipelineConfig(schedule="interleaved"),
+    ),
+    batches(
+        ("pipeline.schedule=1f1b", "1 microbatches", "parallel.pp=2", "gpipe"),
+        2,
+        training=sized_batch(1),
+        parallel=PP2,
+    ),
+    batches(("dp_shard=3", "4 ranks"), 4, parallel=ParallelConfig(dp_shard=3)),
+    Case(
+        make=lambda: CorpusConfig(path="a/b", weight=0.0),
+        words=("data.corpora", "weight=0.0", "a/b", "above 0"),
+    ),
+    of(DataConfig, "data", "eval_fraction", 1.0, "[0, 1)"),
+    of(DataConfig, "data", "eval_fraction", -0.1, "[0, 1)"),
+    of(DataConfig, "data", "prefetch", -1, "0 or more"),
+    of(DataConfig, "data", "vocab_size", 259, "260"),
+    of(RopeScalingConfig, "model.rope_scaling", "factor", 0.5, "1 (none) or more"),
+    of(
+        RopeScalingConfig,
+        "model.rope_scaling",
+        "high_freq_factor",
+        1.0,
+        "low_freq_factor=1.0",
+        factor=8.0,
+    ),
+    *(
+        of(ModelConfig, "model", key, 0, "at least 1")
+        for key in ("vocab_size", "dim", "num_layers", "num_heads", "ffn_dim")
+    ),
+    *(
+        of(ModelConfig, "model", key, value, "at least 1")
+        for key in ("num_kv_heads", "head_dim")
+        for value in (0, -2)
+    ),
+    of(ModelConfig, "model", "num_heads", 5, "model.dim=256", "model.head_dim"),
+    of(ModelConfig, "model", "head_dim", 7, "even"),
+    of(ModelConfig, "model", "num_kv_heads", 3, "model.num_heads=4"),
+    of(LrConfig, "optim.lr", "peak", 0.0, "above 0"),
+    of(LrConfig, "optim.lr", "warmup_steps", -1, "0 or more"),
+    of(LrConfig, "optim.lr", "min_ratio", 1.5, "[0, 1]"),
+    of(LrConfig, "optim.lr", "decay_fraction", -0.1, "[0, 1]"),
+    of(OptimConfig, "optim", "beta1", 1.0, "[0, 1)"),
+    of(OptimConfig, "optim", "beta2", -0.1, "[0, 1)"),
+    *(
+        of(OptimConfig, "optim", key, -1.0, "0 or more")
+        for key in ("eps", "weight_decay", "max_grad_norm")
+    ),
+]
+
+
+def refusal(case: Case) -> ValueError:
+    with pytest.raises(ValueError, match="=") as caught:
+        case.make()
+    return caught.value
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.words[0])
+def test_refusal_names_key_and_value(case: Case) -> None:
+    message = str(refusal(case))
+    assert [word for word in case.words if word not in message] == [], message
+    assert "\n" not in message
+
+
+def test_every_refusal_has_a_case() -> None:
+    """Each `raise` of each config.py is reached by a case above."""
+    reached = set()
+    for case in CASES:
+        frame = traceback.extract_tb(refusal(case).__traceback__)[-1]
+        reached.add((Path(frame.filename).resolve(), frame.lineno))
+    missed = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in map(source_of, map(load, MODULES))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise)
+        and not any((path, n) in reached for n in range(node.lineno, (node.end_lineno or 0) + 1))
+    ]
+    assert missed == []
+
+
+def test_every_config_module_is_looked_at() -> None:
+    found = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for folder in ("train", "parallel", "checkpoint", "fault", "launch", "bench")
+        for path in (ROOT / folder).rglob("config.py")
+    }
+    assert found == set(MODULES)
+
+
+def test_defaults_are_right() -> None:
+    assert Config().num_microbatches(4) == 4
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "sizes"),
+    [
+        (ParallelConfig(), 1, (1, 1, 1, 1, 1)),
+        (ParallelConfig(), 6, (1, 1, 6, 1, 1)),
+        (ParallelConfig(pp=2, tp=2), 12, (2, 1, 3, 1, 2)),
+        (ParallelConfig(dp_replicate=2, dp_shard=2), 4, (1, 2, 2, 1, 1)),
+    ],
+)
+def test_degrees_fill_the_world(
+    layout: ParallelConfig, world_size: int, sizes: tuple[int, ...]
+) -> None:
+    assert tuple(layout.sized(world_size).values()) == sizes
+
+
+def test_microbatches_of_a_rank() -> None:
+    config = Config(
+        training=TrainingConfig(global_batch_size=24, microbatch_size=2),
+        parallel=ParallelConfig(dp_replicate=2, tp=2),
+    )
+    assert config.num_microbatches(8) == 3
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(f"phalanx.{name}")
+
+
+def source_of(module: ModuleType) -> Path:
+    assert module.__file__ is not None
+    return Path(module.__file__).resolve()
