@@ -1,11 +1,14 @@
 """The one order in which parallelism is applied to a model or a pipeline stage."""
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-from phalanx.parallel.checkpointing import checkpoint_block
-from phalanx.parallel.config import ParallelConfig
+from phalanx.parallel.checkpointing import checkpointed
+from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.plan import ModelPlan
 from phalanx.parallel.zero.shard import Dtypes, shard_model
@@ -27,8 +30,35 @@ def parallelize(
     if mesh.size("tp") > 1:
         parallelize_module(model, mesh.axis("tp"), plan.tensor)
         plan.tie_weights()
-    for block in plan.blocks:
-        checkpoint_block(block, config.activation_checkpoint)
-        if config.compile:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+    if config.compile or config.activation_checkpoint is not ActivationCheckpoint.none:
+        for block in plan.blocks:
+            block.forward = _block_forward(block, config)  # type: ignore[method-assign]
     shard_model(model, plan, mesh, stage=zero_stage, dtypes=dtypes)
+
+
+def _block_forward(block: nn.Module, config: ParallelConfig) -> Callable[..., Tensor]:
+    """A block's forward pass, checkpointed and compiled.
+
+    `selective` chooses among a block's operators, so it goes into what is compiled; `full` goes
+    around it (inside, torch 2.13 cannot save a tensor-parallel block's mesh for backward).
+    """
+    mode = config.activation_checkpoint
+    forward: Callable[..., Tensor] = block.forward
+    if config.compile and mode is ActivationCheckpoint.full:
+        return checkpointed(_compiled(forward), mode)
+    forward = checkpointed(forward, mode)
+    return _compiled(forward) if config.compile else forward
+
+
+def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A compiled forward pass, whose input has arrived.
+
+    AOTAutograd does not take the pending output of a collective for the tensor that it becomes
+    (pytorch issue 184980). Only the first block's input is one, so the copy is cheap.
+    """
+    compiled = torch.compile(forward)
+
+    def run(x: Tensor, *args: Tensor | None) -> Tensor:
+        return compiled(x.clone() if isinstance(x, AsyncCollectiveTensor) else x, *args)
+
+    return run

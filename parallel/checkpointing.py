@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -28,14 +28,16 @@ _ATTENTION = {
 _MATMUL = {aten.mm.default, aten.addmm.default}
 
 
-def checkpoint_block(block: nn.Module, mode: ActivationCheckpoint) -> None:
-    """Make a block recompute its forward pass during backward, in place."""
+def checkpointed(
+    forward: Callable[..., Tensor], mode: ActivationCheckpoint
+) -> Callable[..., Tensor]:
+    """A block's forward pass that is recomputed during backward."""
     if mode is ActivationCheckpoint.none:
-        return
+        return forward
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode is ActivationCheckpoint.selective:
         options["context_fn"] = _selective_contexts
-    block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
+    return partial(checkpoint, forward, **options)
 
 
 def _selective_contexts() -> tuple[Any, Any]:

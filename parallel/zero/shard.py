@@ -80,6 +80,8 @@ def before_backward(model: nn.Module, *, stage: int, last: bool) -> None:
         return
     sync = last or stage >= 2
     model.set_requires_gradient_sync(sync)
+    # Replicas (HSDP) need each other's gradients once a step only.
+    model.set_requires_all_reduce(last)
     model.set_is_last_backward(last)
     # Stages 0 and 1 keep gathered parameters until the step's last backward.
     model.set_reshard_after_backward(last or stage == 3)

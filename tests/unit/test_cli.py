@@ -65,7 +65,7 @@ def test_every_verb_has_help(verb: str, capsys: Captured) -> None:
         (["train", "--nonsense"], "phalanx: unrecognized arguments: --nonsense"),
         (["train", "--help", "modelx"], "phalanx: --help modelx: no such group or key"),
         (["train", "data.dir=nowhere"], "phalanx: data.dir=nowhere"),
-        (["train", "-m", "model.dim=256,x"], "phalanx: model.dim=x: 'x' is not a whole number"),
+        (["train", "-m", "model.dim=192,x"], "phalanx: model.dim=x: 'x' is not a whole number"),
         (["bench", "speed"], "phalanx: bench speed: unknown; choose one of step"),
         (["data", "eat"], "phalanx: data eat: unknown; choose prepare or show"),
         (["doctor", "who"], "phalanx: doctor: who: takes"),

@@ -55,7 +55,7 @@ def test_values_reach_the_typed_configuration() -> None:
         ("run.dir=${rum.name}", "run.dir: Interpolation key 'rum.name' not found"),
         ("data.corpora=[{path: a, weigth2: 1}]", "data.corpora: unknown key weigth2"),
         ("training.steps=0", "training.steps=0: must be at least 1"),
-        ("parallel.tp=3", "parallel.tp=3: does not divide model.num_heads="),
+        ("parallel.tp=4", "parallel.tp=4: does not divide model.num_heads="),
         ("parallel.pp=100", "parallel.pp=100 x 1 stages per rank = 100 pipeline stages, more than"),
     ],
 )

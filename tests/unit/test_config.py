@@ -139,6 +139,10 @@ CASES = [
         ("monitor.profile.start=1000", "training.steps=1000"),
         monitor=MonitorConfig(profile=ProfileConfig(start=1000, steps=1)),
     ),
+    whole(
+        ("training.eval_batches=4", "data.eval_fraction=0", "training.eval_batches=0"),
+        data=DataConfig(eval_fraction=0.0),
+    ),
     *(
         whole((f"parallel.tp={tp}", key), model=TINY, parallel=ParallelConfig(tp=tp))
         for tp, key in (

@@ -23,12 +23,12 @@ class LrConfig:
     warmup_steps: int = 100
     """Steps of linear rise from 0."""
     min_ratio: float = 0.1
-    """Last learning rate / peak, for cosine and wsd."""
+    """Where cosine and wsd end, as a share of the peak."""
     decay_fraction: float = 0.1
     """Share of training.steps that wsd's decay takes."""
 
     def __post_init__(self) -> None:
-        if self.peak <= 0:
+        if not 0 < self.peak < float("inf"):
             raise ValueError(f"optim.lr.peak={self.peak}: must be above 0")
         if self.warmup_steps < 0:
             raise ValueError(f"optim.lr.warmup_steps={self.warmup_steps}: must be 0 or more")
@@ -60,5 +60,5 @@ class OptimConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)}: must lie in [0, 1)")
         for name in ("eps", "weight_decay", "max_grad_norm"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"optim.{name}={getattr(self, name)}: must be 0 or more")

@@ -18,7 +18,8 @@ def learning_rate(config: LrConfig, step: int, num_steps: int) -> float:
         progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
         return low + (config.peak - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     if config.schedule is LrSchedule.wsd:
-        decay = max(1, round(num_steps * config.decay_fraction))
+        decay = min(round(num_steps * config.decay_fraction), num_steps - config.warmup_steps)
+        decay = max(1, decay)
         remaining = min(1.0, max(0, num_steps - step) / decay)
         return low + (config.peak - low) * remaining
     return config.peak
