@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,8 @@ def test_wheel_runs_in_an_empty_environment_from_another_folder(
 
     where = _run([str(python), "-c", "import phalanx.train as t; print(t.__file__)"], folder, env)
     assert Path(where.strip()).is_relative_to(venv)
-    assert _run([str(phalanx), "--version"], folder, env).split()[-1] == "0.1.0"
+    said = _run([str(phalanx), "--version"], folder, env)
+    assert said.strip() == f"phalanx {PYPROJECT['project']['version']}"
     assert "num_layers: 4" in _run([str(phalanx), "train", "--cfg", "job"], folder, env)
 
 

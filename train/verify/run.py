@@ -8,6 +8,7 @@ from typing import Any
 
 from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
 from phalanx.train.config import Config, Injection, Precision, PrecisionConfig
+from phalanx.train.optim.config import LrConfig, LrSchedule
 from phalanx.train.verify.compare import Report, compare
 from phalanx.train.verify.record import record
 
@@ -33,7 +34,9 @@ def verify(config: Config, launch: Callable[..., list[Any]], *, world_size: int)
     resumed = _in_layout(layout, _resume_degrees(config), alone=False)
     resumed_size = resumed.parallel.dp_shard * resumed.parallel.fixed_degree
     resumed.num_microbatches(resumed_size)
-    tolerance = config.verify.tolerance or TOLERANCE[config.verify.dtype]
+    tolerance = config.verify.tolerance
+    if tolerance is None:
+        tolerance = TOLERANCE[config.verify.dtype]
     save_at = max(1, config.verify.steps // 2)
     with tempfile.TemporaryDirectory(prefix="phalanx-verify-") as name:
         folders = {part: Path(name) / part for part in ("reference", "layout", "resumed")}
@@ -75,9 +78,21 @@ def _record(ranks: Any, config: Config, folder: Path, first: int, save_at: int |
 
 
 def _plain(config: Config) -> Config:
-    """The configuration in the format of the comparison."""
+    """The configuration in the format of the comparison, with an optimizer that shows mistakes.
+
+    In a warm-up's first steps a missing update would be as small as rounding, so the rate is
+    constant and every matrix decays. AdamW divides a gradient by its own size, which makes pure
+    rounding noise (a gradient of zero) as large as a step; a larger eps keeps noise small.
+    """
     dtype = config.verify.dtype
-    return replace(config, precision=PrecisionConfig(params=dtype, compute=dtype, reduce=dtype))
+    optim = replace(
+        config.optim,
+        lr=LrConfig(schedule=LrSchedule.constant, warmup_steps=0, peak=1e-3),
+        weight_decay=max(config.optim.weight_decay, 0.1),
+        eps=max(config.optim.eps, 1e-3),
+    )
+    precision = PrecisionConfig(params=dtype, compute=dtype, reduce=dtype)
+    return replace(config, precision=precision, optim=optim)
 
 
 def _in_layout(config: Config, degrees: dict[str, int], *, alone: bool) -> Config:
@@ -101,4 +116,7 @@ def _resume_degrees(config: Config) -> dict[str, int]:
         raise ValueError(
             f"verify.resume_in={asked}: unknown degree {unknown[0]}; use {', '.join(DEGREES)}"
         )
+    for degree, size in asked.items():
+        if size < 1:
+            raise ValueError(f"verify.resume_in={asked}: {degree} must be a whole number from 1")
     return dict.fromkeys(DEGREES, 1) | asked
