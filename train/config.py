@@ -328,6 +328,12 @@ class Config:
                 f"zero.stage={stage}: in a pipeline, gradients are reduced once a step, after the "
                 "last microbatch, and held whole until then"
             )
+        held = stage < 2 or pp > 1 or self.parallel.dp_replicate != 1
+        if sharded and held and self.precision.reduce is Precision.bf16:
+            notes.append(
+                "precision.reduce=bf16: gradients that wait for a step's last microbatch are also "
+                "added up in bf16 here; with many microbatches use fp32"
+            )
         return notes
 
     def num_microbatches(self, world_size: int) -> int:

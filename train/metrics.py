@@ -54,10 +54,8 @@ class MetricsLog:
         as a whole: a kill at any moment leaves the old one or the new one.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _truncate(path, first_step)
+        self.last_step = _truncate(path, first_step) if path.exists() else -1
         self._file = path.open("a", encoding="utf-8")
-        self._next = first_step
 
     def write(self, step: int, fields: Mapping[str, Any]) -> None:
         """Append a step's line and hand it to the operating system.
@@ -65,11 +63,11 @@ class MetricsLog:
         Raises:
             ValueError: `step` is not later than the line before.
         """
-        if step < self._next:
-            raise ValueError(f"metrics of step {step}: the next line is of step {self._next}")
+        if step <= self.last_step:
+            raise ValueError(f"metrics of step {step}: the last line is of step {self.last_step}")
         self._file.write(json_line({"step": step, **fields}))
         self._file.flush()
-        self._next = step + 1
+        self.last_step = step
 
     def write_step(self, record: StepRecord) -> None:
         """Append a step's record, with its parts as `data_s`, `forward_backward_s`, ..."""
@@ -85,16 +83,20 @@ class MetricsLog:
             },
         )
 
+    def sync(self) -> None:
+        """Put the lines so far on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Put the file on disk and close it."""
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
 
 
-def _truncate(path: Path, first_step: int) -> None:
-    """Keep the whole lines of steps under `first_step`, each step once, in order."""
+def _truncate(path: Path, first_step: int) -> int:
+    """Keep the whole lines of steps under `first_step`, each step once, in order; the last one."""
     temporary = path.with_name(path.name + ".tmp")
     last = -1
     with temporary.open("w", encoding="utf-8") as file:
@@ -106,6 +108,7 @@ def _truncate(path: Path, first_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    return last
 
 
 class HasSeconds(Protocol):

@@ -109,6 +109,16 @@ class RunReport:
         if self._progress is not None:
             self._progress.sample(done, text)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether this rank has a line of the evaluation after `step`, from this run or before."""
+        return self._evaluations is not None and self._evaluations.last_step == step - 1
+
+    def sync(self) -> None:
+        """Put the lines so far on disk, so that a checkpoint never outlives them."""
+        for log in (self._metrics, self._evaluations):
+            if log is not None:
+                log.sync()
+
     def message(self, text: str) -> None:
         """Tell the person at the terminal something."""
         if self._progress is not None:

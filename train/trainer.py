@@ -16,6 +16,7 @@ from phalanx.train.config import Config
 from phalanx.train.data.source import Batch, BatchSource, Prefetcher
 from phalanx.train.data.tokenizer import load_tokenizer
 from phalanx.train.flops import flops_per_token
+from phalanx.train.loss import world_sums
 from phalanx.train.metrics import StepRecord, StepTimer
 from phalanx.train.optim.schedule import learning_rate
 from phalanx.train.profile import ProfileWindow
@@ -95,6 +96,7 @@ class Trainer:
         stopped: str | None = None
         try:
             with self.comm, window:
+                self._catch_up(done)
                 self.timer.restart()
                 while done < steps and stopped is None:
                     with self.timer("data"):
@@ -104,10 +106,10 @@ class Trainer:
                     done += 1
                     if done == self.first_step + 1:
                         self.events.record("first_step", step=done)
-                    if stopping:
+                    if stopping and done < steps:
                         stopped = stop.reason or "another rank"
-                    elif done < steps:
-                        self._between_steps(done)
+                    else:
+                        self._after_step(done)
         finally:
             batches.close()
         self._finish(done, stopped)
@@ -132,10 +134,6 @@ class Trainer:
         lr = learning_rate(self.config.optim.lr, step, self.config.training.steps)
         with self.timer("optimizer"):
             self.engine.update(gradients, lr)
-        every = self.config.checkpoint.every
-        if every and (step + 1) % every == 0:
-            with self.timer("checkpoint"):
-                self._save(step + 1)
         seconds, parts = self.timer.take()
         training = self.config.training
         self.report.step(
@@ -149,32 +147,65 @@ class Trainer:
                 parts=parts,
             )
         )
+        if self._save_is_due(step + 1):
+            # After its line is on disk: no resume finds a checkpoint whose steps were not logged.
+            # The seconds are charged to the next line.
+            with self.timer("checkpoint"):
+                self._save(step + 1)
         return gradients.loss, gradients.stop
 
-    def _between_steps(self, done: int) -> None:
+    def _save_is_due(self, done: int) -> bool:
+        config = self.config.checkpoint
+        last = config.save_last and done == self.config.training.steps
+        return last or (config.every > 0 and done % config.every == 0)
+
+    def _evaluation_is_due(self, done: int) -> bool:
+        training = self.config.training
+        if not training.eval_batches or not done:
+            return False
+        every = training.eval_every
+        return done == training.steps or (every > 0 and done % every == 0)
+
+    def _sample_is_due(self, done: int) -> bool:
+        sample = self.config.monitor.sample
+        if not sample.tokens or not done:
+            return False
+        last = done == self.config.training.steps
+        return last or (sample.every > 0 and done % sample.every == 0)
+
+    def _after_step(self, done: int) -> None:
         """What is due after `done` steps, outside the time that steps are charged with."""
-        evaluate, sample = self.config.training.eval_every, self.config.monitor.sample.every
-        if evaluate and done % evaluate == 0:
+        if self._evaluation_is_due(done):
             self._evaluate(done)
-        if sample and done % sample == 0:
+            self.timer.restart()
+        if self._sample_is_due(done):
             self._sample(done)
-        self.timer.restart()
+            self.timer.restart()
+
+    def _catch_up(self, done: int) -> None:
+        """Evaluate and sample where the run before was stopped between a save and that."""
+        owed = self._evaluation_is_due(done) and not self.report.evaluated(done)
+        if world_sums([owed if self.ranks.rank == 0 else False], self.mesh)[0]:
+            self._after_step(done)
 
     def _finish(self, done: int, stopped: str | None) -> None:
-        """Save, and after a whole run evaluate and sample."""
-        if self.config.checkpoint.save_last and done > self.first_step:
+        """Complete the last save, and say how the run ended."""
+        if stopped and self.config.checkpoint.save_last:
             self._save(done)
-        if stopped is None and done > self.first_step:
-            self._evaluate(done)
-            self._sample(done)
         self.checkpoints.wait()
         self.events.record("run_stopped" if stopped else "run_finished", step=done, reason=stopped)
         if stopped:
             self.report.message(f"stopped by {stopped} after {done} steps; run again to go on")
+        elif done == self.first_step:
+            self.report.message(
+                f"all {done} steps are done; raise training.steps to go on, or choose another "
+                "run.dir for a new run"
+            )
 
     def _save(self, done: int) -> None:
         if done == self.saved_step:
             return
+        self.report.sync()
         tensors = self.engine.state_tensors() | random_states(self.ranks.rank, self.ranks.device)
         self.checkpoints.save(done, tensors, describe(self.config, self.mesh, done))
         self.saved_step = done
@@ -212,16 +243,12 @@ class Trainer:
 
     def _evaluate(self, done: int) -> None:
         count = self.config.training.eval_batches
-        if not count:
-            return
         source = self._source("eval")
         batches: Iterator[Batch] = map(source.batch, itertools.count())
         self.report.evaluation(done, self.engine.evaluate(itertools.islice(batches, count)))
 
     def _sample(self, done: int) -> None:
         sample = self.config.monitor.sample
-        if not sample.tokens:
-            return
         text = generate(
             self.engine.next_logits,
             load_tokenizer(self.config.data),

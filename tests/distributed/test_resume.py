@@ -168,3 +168,63 @@ def test_a_longer_run_tells_what_changed(demo_data: DataConfig, tmp_path: Path) 
     resumed = [e for e in map(json.loads, events) if e["event"] == "resumed"]
     assert resumed[0]["step"] == 2
     assert resumed[0]["changed"] == ["training.steps: 2 -> 4"]
+
+
+def test_a_kill_between_save_and_log_loses_no_line(demo_data: DataConfig, tmp_path: Path) -> None:
+    config = config_for(demo_data, tmp_path / "run", {"dp_shard": 2})
+    with pytest.raises(RankFailed, match="SIGKILL"):
+        launch(train_killed_after_save, config, world_size=2, config=config.launch)
+    assert train(config)["steps"] == STEPS
+    assert [step for step, _, _ in metrics(config)] == list(range(STEPS))
+
+
+def train_killed_after_save(ranks: Ranks, config: Config) -> None:
+    """The trainer, with rank 0 killed as soon as a checkpoint is complete."""
+    from phalanx.train import trainer
+
+    save = trainer.Trainer._save
+
+    def save_and_die(self: Any, done: int) -> None:
+        save(self, done)
+        self.checkpoints.wait()
+        if ranks.rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.Trainer._save = save_and_die  # type: ignore[method-assign]
+    trainer.train(ranks, config)
+
+
+def test_an_evaluation_that_a_stop_prevented_is_made_up(
+    demo_data: DataConfig, tmp_path: Path
+) -> None:
+    config = config_for(demo_data, tmp_path / "run", {"dp_shard": 2})
+    config = replace(config, training=replace(config.training, steps=6, eval_every=2))
+    launch(train_stopped_at, config, 3, world_size=2, config=config.launch)
+    path = tmp_path / "run" / "eval.jsonl"
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
+    train(config)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3, 5]
+
+
+def test_a_stop_in_the_last_step_is_the_end(demo_data: DataConfig, tmp_path: Path) -> None:
+    config = config_for(demo_data, tmp_path / "run", {"dp_shard": 1})
+    config = replace(config, training=replace(config.training, steps=4))
+    result = launch(train_stopped_at, config, 3, world_size=1, config=config.launch)[0]
+    assert result["stopped"] is None
+    lines = (tmp_path / "run" / "eval.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3]
+
+
+def train_stopped_at(ranks: Ranks, config: Config, step: int) -> dict[str, Any]:
+    """The trainer, with every rank asked to stop when it begins a step."""
+    from phalanx.train import trainer
+
+    step_as_before = trainer.Trainer.step
+
+    def step_and_stop(self: Any, number: int, batch: Any, stop: Any) -> Any:
+        if number == step:
+            stop.request("test")
+        return step_as_before(self, number, batch, stop)
+
+    trainer.Trainer.step = step_and_stop  # type: ignore[method-assign]
+    return trainer.train(ranks, config)
