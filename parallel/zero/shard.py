@@ -49,7 +49,10 @@ def shard_model(
     for block in plan.blocks:
         fully_shard(block, **options)
     for unit in plan.shard_units:
-        fully_shard(unit, **options)
+        kept = options | ({"reshard_after_forward": False} if unit.keep_gathered else {})
+        sharded = fully_shard(unit.modules, **kept)[0]
+        assert isinstance(sharded, FSDPModule)
+        sharded.set_unshard_in_backward(not unit.unused_in_backward)
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):

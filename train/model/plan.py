@@ -4,7 +4,6 @@ Sequence parallelism (Korthikanti et al., 2022) comes with tensor parallelism: b
 norms every rank holds S / tp tokens of each sample.
 """
 
-from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -14,19 +13,19 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
-from phalanx.parallel.plan import ModelPlan
+from phalanx.parallel.plan import ModelPlan, ShardUnit
 from phalanx.train.model.transformer import Transformer
 
 
 def plan_for(model: Transformer) -> ModelPlan:
     """The plan of a whole model or of one pipeline stage."""
     tied = model.config.tie_embeddings and model.embed is not None and model.head is not None
-    units: list[list[nn.Module]] = []
+    units: list[ShardUnit] = []
     if not tied:
         if model.embed is not None:
-            units.append([model.embed])
+            units.append(ShardUnit(modules=[model.embed], unused_in_backward=True))
         if model.norm is not None and model.head is not None:
-            units.append([model.norm, model.head])
+            units.append(ShardUnit(modules=[model.norm, model.head], keep_gathered=True))
     return ModelPlan(
         blocks=list(model.layers.values()),
         shard_units=units,
