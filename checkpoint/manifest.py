@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 
 NAME = "manifest.json"
@@ -58,6 +57,8 @@ def new_manifest(
     *, step: int, meta: dict[str, Any], files: dict[str, Fingerprint], world_size: int
 ) -> Manifest:
     """A manifest of this moment."""
+    import torch  # only here: the launching process reads manifests without it
+
     return Manifest(
         step=step,
         meta=meta,

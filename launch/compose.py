@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from phalanx.launch import env
 from phalanx.launch.keys import near
-from phalanx.train.config import Config, Device
+from phalanx.train.config import Config, Device, Launcher
 
 CONFIG_MODULE = "phalanx.configs"
 """Where the YAML files lie."""
@@ -124,7 +124,7 @@ def check(config: Config) -> None:
             f"launch.nodes={config.launch.nodes}: does not divide the {world} ranks that the "
             "parallel degrees ask for"
         )
-    if config.launch.launcher.value != "ray":  # Ray's machines are not this one
+    if config.launch.launcher is not Launcher.ray:  # Ray's machines are not this one
         env.device_type(config.launch, world // config.launch.nodes)
     check_data(config.data, vocab_size=config.model.vocab_size, seq_len=config.training.seq_len)
 

@@ -65,6 +65,13 @@ def launch_ray(
         return _Watch(places, pending, stack).wait(world_size)
 
 
+def cluster_device(config: LaunchConfig, world_size: int) -> str:
+    """`cpu` or `cuda`: where `launch_ray` would run `world_size` ranks."""
+    with ExitStack() as stack:
+        _connect(config, world_size, stack)
+        return _device(config, world_size)
+
+
 def _connect(config: LaunchConfig, world_size: int, stack: ExitStack) -> None:
     """Join the cluster that is named or in reach; start a local one otherwise."""
     if ray.is_initialized():

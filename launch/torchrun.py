@@ -14,13 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from phalanx.launch import env
-from phalanx.launch.failure import BadInput, Failure, RankFailed, first_failure
+from phalanx.launch.failure import BadInput, Failure, RankFailed, Stopped, first_failure
 from phalanx.launch.logs import redirect
 from phalanx.train.config import Config, LaunchConfig
 
 CULPRIT_S = 2.0
 """How long a rank that failed because another did waits for that one to tell its failure."""
+START_POLL_S = 0.2
+"""Time between looks for torchrun's workers, until they are there."""
 
 
 def run_torchrun(arguments: Sequence[str], *, config: Config, world_size: int) -> None:
@@ -28,34 +32,92 @@ def run_torchrun(arguments: Sequence[str], *, config: Config, world_size: int) -
 
     Raises:
         RankFailed: a rank of this node failed.
+        Stopped: a signal ended ranks that could not yet save, or a second one ended all.
         BadInput: launch.nodes > 1 without launch.address.
     """
     started = time.time()
     log_dir = Path(config.run.dir) / "logs"
     command = [*_torchrun(config.launch, world_size), "-m", "phalanx.train", *arguments]
     threads = env.threads_per_rank(config.launch, world_size // config.launch.nodes)
-    process = subprocess.Popen(
-        command, start_new_session=True, env={"OMP_NUM_THREADS": str(threads)} | os.environ
-    )
+    with _Agent() as agent:
+        code = agent.run(command, {"OMP_NUM_THREADS": str(threads)} | os.environ)
+    if not code:
+        return
+    failures = _read_failures(log_dir, since=started)
+    asked = len(agent.signals)
+    if asked > 1 or (asked and all(failure.follows for failure in failures)):
+        raise Stopped(agent.signals[0])
+    if failures:
+        raise first_failure(failures)
+    text = f"torchrun ended with exit code {code}; its messages above name the rank"
+    raise RankFailed(0, socket.gethostname(), text)
 
-    def forward(signum: int, _frame: Any) -> None:
-        process.send_signal(signal.SIGTERM)
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            before[signum] = signal.signal(signum, forward)
-    try:
-        code = process.wait()
-    finally:
-        for signum, handler in before.items():
+class _Agent:
+    """torchrun's own process, and what becomes of signals while it runs.
+
+    Asked to stop, torchrun ends with 1 and leaves its workers 30 s. So its workers are asked
+    instead: they end their step, save and return, and torchrun ends with 0.
+    """
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._has_started = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Agent":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
             signal.signal(signum, handler)
-    if code:
-        failures = _read_failures(log_dir, since=started)
-        if failures:
-            raise first_failure(failures)
-        text = f"torchrun ended with exit code {code}; its messages above name the rank"
-        raise RankFailed(0, socket.gethostname(), text)
+
+    def run(self, command: Sequence[str], environ: dict[str, str]) -> int:
+        """Start torchrun; its exit code."""
+        self._process = subprocess.Popen(command, start_new_session=True, env=environ)
+        if self.signals:
+            self._pass_on(self._process.pid)
+        while not self._has_started:
+            with suppress(subprocess.TimeoutExpired):
+                return self._process.wait(START_POLL_S)
+            with suppress(psutil.NoSuchProcess):
+                self._has_started = bool(_workers(psutil.Process(self._process.pid)))
+        return self._process.wait()
+
+    def _on_signal(self, signum: int, _frame: Any) -> None:
+        self.signals.append(signum)
+        if self._process is not None:
+            self._pass_on(self._process.pid)
+
+    def _pass_on(self, pid: int) -> None:
+        """The first signal asks; one more ends."""
+        with suppress(psutil.NoSuchProcess):
+            agent = psutil.Process(pid)
+            if len(self.signals) > 1:
+                for process in (*agent.children(recursive=True), agent):
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+                return
+            workers = _workers(agent)
+            if not workers and not self._has_started:
+                agent.terminate()
+            for worker in workers:
+                with suppress(psutil.NoSuchProcess):
+                    worker.terminate()
+
+
+def _workers(agent: psutil.Process) -> list[psutil.Process]:
+    """The ranks among torchrun's children that run."""
+    workers = []
+    for child in agent.children():
+        with suppress(psutil.Error):  # ended since
+            if env.torchrun_place(child.environ()) is not None:
+                workers.append(child)
+    return workers
 
 
 def _torchrun(launch: LaunchConfig, world_size: int) -> list[str]:

@@ -7,9 +7,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from phalanx.launch.failure import BadInput, user_input
 from phalanx.launch.hydra_app import Job, json_option, run
 from phalanx.launch.start import launch
 from phalanx.train.config import Config, Launcher
+from phalanx.train.resume import check_resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +154,10 @@ def _train(job: Job) -> None:
     config = job.config
     place = env.torchrun_place()
     folder = Path(config.run.dir)
+    with user_input():
+        check_resume(config)
     if place is None or place.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+        _write_config(config, folder)
         for note in config.notes():
             print(f"phalanx: note: {note}", file=sys.stderr)
     if config.launch.launcher is Launcher.torchrun and place is None:
@@ -171,12 +174,23 @@ def _train(job: Job) -> None:
     )
 
 
+def _write_config(config: Config, folder: Path) -> None:
+    """Make the run's folder, and write the resolved configuration to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    except OSError as error:
+        reason = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
+        raise BadInput(f"run.dir={config.run.dir}: cannot be written ({reason})") from error
+
+
 def _verify(job: Job, *, json_file: Path | None) -> None:
     _need_own_launch("verify", job.config)
+    size = world_size(job.config)
+    degrees = job.config.verify.resume_in
     with user_input():
-        report = import_module("phalanx.train.verify").verify(
-            job.config, launch, world_size=world_size(job.config)
-        )
+        config = _on_one_device(job.config, max(size, prod(degrees.values())))
+        report = import_module("phalanx.train.verify").verify(config, launch, world_size=size)
     print(report.table())
     _write_json(json_file, report.to_json())
     if not report.passed:
@@ -187,16 +201,23 @@ def _bench(job: Job, *, name: str, json_file: Path | None) -> None:
     _need_own_launch("bench", job.config)
     from phalanx.bench.figures import Request, report, table
 
-    request = Request(
-        config=job.config,
-        world_size=world_size(job.config),
-        launch=launch,
-        arguments=job.arguments,
-    )
+    size = world_size(job.config)
     with user_input():
+        request = Request(
+            config=_on_one_device(job.config, size),
+            world_size=size,
+            launch=launch,
+            arguments=job.arguments,
+        )
         figures = import_module(BENCHES[name]).bench(request)
     print(table(figures))
     _write_json(json_file, report(figures))
+
+
+def _on_one_device(config: Config, size: int) -> Config:
+    """launch.device=auto decided once, by the largest launch: what is compared runs on one kind."""
+    device = env.resolve_device(config.launch, size)
+    return replace(config, launch=replace(config.launch, device=device))
 
 
 def _data(job: Job, *, action: str) -> None:

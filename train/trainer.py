@@ -21,15 +21,9 @@ from phalanx.train.metrics import StepRecord, StepTimer
 from phalanx.train.optim.schedule import learning_rate
 from phalanx.train.profile import ProfileWindow
 from phalanx.train.report import RunReport
+from phalanx.train.resume import KIND, changed_settings, check_continues, check_wanted
 from phalanx.train.sample import generate
-from phalanx.train.state import (
-    KIND,
-    changed_settings,
-    check_continues,
-    describe,
-    random_states,
-    restore_random_states,
-)
+from phalanx.train.state import describe, random_states, restore_random_states
 from phalanx.train.step import Engine
 
 
@@ -215,12 +209,7 @@ class Trainer:
         newest = self.checkpoints.newest()
         if newest is None:
             return 0
-        if not self.config.checkpoint.resume:
-            raise ValueError(
-                f"checkpoint.resume=false: {self.config.checkpoint.dir} holds a run's checkpoint "
-                f"of step {newest}, which a new run would mix with its own; choose another "
-                "run.dir, or remove it"
-            )
+        check_wanted(newest, self.config)
         names = self.checkpoints.names(newest)
         tensors = self.engine.state_tensors()
         if not any(name.startswith("optim.") for name in names):

@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from phalanx.launch.start import RankFailed, launch
@@ -30,21 +34,43 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def train(folder: Path, data: DataConfig, *overrides: str) -> subprocess.CompletedProcess[str]:
+def training(folder: Path, data: DataConfig, *overrides: str) -> list[str]:
     command = [sys.executable, "-m", "phalanx.train", f"run.dir={folder}", f"data.dir={data.dir}"]
     command += ["training.steps=4", "training.seq_len=32", "training.global_batch_size=8"]
     command += ["training.microbatch_size=2", "training.eval_batches=0", "model.dim=32"]
     command += ["model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=2"]
     command += ["model.ffn_dim=32", "parallel.pp=1", "parallel.dp_shard=2", "launch.device=cpu"]
     command += ["checkpoint.every=0", "checkpoint.save_last=false", "monitor.tensorboard=false"]
-    command += ["monitor.sample.tokens=0", *overrides]
+    return [*command, "monitor.sample.tokens=0", *overrides]
+
+
+def train(folder: Path, data: DataConfig, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = training(folder, data, *overrides)
     environ = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
 
 
+def started_by_torchrun(folder: Path, data: DataConfig) -> subprocess.Popen[str]:
+    """A long training with launch=torchrun that has done three steps."""
+    command = training(folder, data, "launch=torchrun", "training.steps=100000")
+    command.append("checkpoint.save_last=true")
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < 3:
+        assert run.poll() is None, run.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return run
+
+
 def losses(folder: Path) -> list[tuple[float, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["loss"], line["grad_norm"]) for line in lines]
+    return [(line["loss"], line["grad_norm"]) for line in logged(folder)]
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Every whole line of metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def test_three_launchers_train_bitwise_alike(tmp_path: Path, demo_data: DataConfig) -> None:
@@ -68,6 +94,36 @@ def test_a_failed_training_ends_with_rank_and_host(
     lines = done.stderr.splitlines()
     assert lines[-1].startswith("phalanx: rank "), done.stderr
     assert lines[-2].startswith("FloatingPointError: "), done.stderr
+
+
+def test_sigterm_under_torchrun_saves_and_the_next_run_goes_on(
+    tmp_path: Path, demo_data: DataConfig
+) -> None:
+    run = started_by_torchrun(tmp_path, demo_data)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert "Traceback" not in err
+    done = len(logged(tmp_path))
+    assert (tmp_path / "checkpoints" / f"step_{done:08d}" / "manifest.json").exists()
+    again = train(tmp_path, demo_data, "launch=torchrun", f"training.steps={done + 2}")
+    assert again.returncode == 0, again.stderr
+    assert f"going on from the checkpoint of step {done}" in again.stdout + again.stderr
+    assert [line["step"] for line in logged(tmp_path)] == list(range(done + 2))
+
+
+def test_a_second_signal_under_torchrun_ends_every_process(
+    tmp_path: Path, demo_data: DataConfig
+) -> None:
+    run = started_by_torchrun(tmp_path, demo_data)
+    below = psutil.Process(run.pid).children(recursive=True)
+    assert len(below) >= 3  # torchrun and two ranks
+    run.send_signal(signal.SIGINT)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert re.search(r"^phalanx: stopped by SIG(INT|TERM) before the ranks could end", err, re.M)
+    assert psutil.wait_procs(below, timeout=10)[1] == []
 
 
 def test_ray_returns_results_by_rank_and_writes_logs(cluster: None, tmp_path: Path) -> None:

@@ -4,16 +4,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from phalanx.launch import hydra_app, verbs
+from phalanx.launch import env, hydra_app, verbs
 from phalanx.launch.cli import main
 from phalanx.launch.failure import RankFailed
 from phalanx.launch.hydra_app import Command, Job
-from phalanx.train.config import Config
+from phalanx.train.config import Config, Device
 
 Captured = pytest.CaptureFixture[str]
 
@@ -101,6 +102,73 @@ def test_train_writes_the_resolved_configuration(tmp_path: Path, trained: list[C
     assert written.training.steps == 5
     assert written.checkpoint.dir == f"{tmp_path}/run/checkpoints"
     assert OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), written)) == trained[0]
+
+
+@pytest.mark.parametrize(
+    ("taken", "run_dir", "reason"),
+    [
+        ("file", "file", "it is no folder"),
+        ("file", "file/run", "Not a directory"),
+        ("run/config.yaml/folder", "run", "Is a directory"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_written_is_one_line_and_2(
+    taken: str, run_dir: str, reason: str, tmp_path: Path, trained: list[Config], capsys: Captured
+) -> None:
+    (tmp_path / taken).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / taken).write_text("")
+    assert main(["train", f"run.dir={tmp_path / run_dir}"]) == 2
+    said = f"phalanx: run.dir={tmp_path / run_dir}: cannot be written ({reason})\n"
+    assert capsys.readouterr().err == said
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "layout", "resume_in", "device"),
+    [
+        (1, ["parallel.dp_shard=2"], "{}", "cpu"),
+        (2, ["parallel.dp_shard=2"], "{}", "cuda"),
+        (2, ["parallel.dp_shard=2"], "{tp: 2, dp_shard: 2}", "cpu"),
+        (4, ["parallel.dp_shard=2"], "{tp: 2, dp_shard: 2}", "cuda"),
+        (4, ["parallel.dp_shard=2", "launch.device=cpu"], "{}", "cpu"),
+    ],
+)
+def test_verify_runs_everything_on_one_kind_of_device(
+    gpus: int,
+    layout: list[str],
+    resume_in: str,
+    device: str,
+    trained: list[Config],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Device] = []
+
+    def verify(config: Config, launch: object, *, world_size: int) -> SimpleNamespace:
+        seen.append(config.launch.device)
+        assert world_size == 2
+        return SimpleNamespace(table=str, to_json=dict, passed=True)
+
+    monkeypatch.setattr(env, "gpu_count", lambda: gpus)
+    monkeypatch.setitem(sys.modules, "phalanx.train.verify", SimpleNamespace(verify=verify))
+    argv = ["verify", "parallel.pp=1", *layout, f"verify.resume_in={resume_in}"]
+    assert main(argv) == 0
+    assert seen == [Device(device)]
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(1, "cpu"), (2, "cuda")])
+def test_bench_is_told_the_device(
+    gpus: int, device: str, trained: list[Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Device] = []
+
+    def bench(request: Any) -> list[Any]:
+        seen.append(request.config.launch.device)
+        return []
+
+    monkeypatch.setattr(env, "gpu_count", lambda: gpus)
+    monkeypatch.setitem(sys.modules, "phalanx.bench.step", SimpleNamespace(bench=bench))
+    assert main(["bench", "step", "parallel.pp=1", "parallel.dp_shard=2"]) == 0
+    assert seen == [Device(device)]
 
 
 @pytest.mark.parametrize(
