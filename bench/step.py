@@ -142,6 +142,7 @@ class _Side:
             seed=config.training.seed,
             dp_rank=mesh.dp_rank if mesh else ranks.rank,
             dp_size=mesh.dp_size if mesh else ranks.world_size,
+            vocab_size=config.model.vocab_size,
         )
         self.batches = Prefetcher(source, 0, config.data.prefetch)
 

@@ -5,7 +5,7 @@ an error on every rank and never a hang.
 """
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 from phalanx.checkpoint.chunks import Chunk
 from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.checkpoint.folders import prepare_folder, prune
-from phalanx.checkpoint.manifest import new_manifest, write_manifest
-from phalanx.checkpoint.peers import Peers
+from phalanx.checkpoint.manifest import Fingerprint, new_manifest, write_manifest
+from phalanx.checkpoint.peers import CheckpointError, Peers
 from phalanx.checkpoint.planner import write_chunks
 
 
@@ -70,6 +70,7 @@ def write_checkpoint(
     def commit() -> tuple[list[str], list[str]]:
         if peers.rank != 0:
             return [], []
+        _check_all_here(root, folder, parts)
         write_manifest(
             folder, new_manifest(step=step, meta=meta, files=files, world_size=peers.size)
         )
@@ -88,3 +89,25 @@ def write_checkpoint(
         deleted=deleted,
         not_deleted=not_deleted,
     )
+
+
+def _check_all_here(root: Path, folder: Path, parts: Sequence[Mapping[str, Fingerprint]]) -> None:
+    """Look for every rank's files: a disk of each node's own would hold only some of them.
+
+    Raises:
+        CheckpointError: one is not here, or not whole.
+    """
+    for rank, files in enumerate(parts):
+        for name, file in files.items():
+            try:
+                size = (folder / name).stat().st_size
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"checkpoint.dir={root}: not shared by all nodes: rank {rank}'s file {name} "
+                    "is not here; use a folder that every node sees"
+                ) from None
+            if size != file.size:
+                raise CheckpointError(
+                    f"checkpoint.dir={root}: rank {rank}'s file {name} has {size} bytes here "
+                    f"instead of {file.size}; use a folder that every node sees"
+                )

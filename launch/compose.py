@@ -115,7 +115,7 @@ def check(config: Config) -> None:
     Raises:
         ValueError: one line that says what is wrong and what would be right.
     """
-    from phalanx.train.data.check import check_data
+    from phalanx.train.data.check import check_data, check_prompt
 
     world = world_size(config)
     config.num_microbatches(world)
@@ -127,6 +127,9 @@ def check(config: Config) -> None:
     if config.launch.launcher is not Launcher.ray:  # Ray's machines are not this one
         env.device_type(config.launch, world // config.launch.nodes)
     check_data(config.data, vocab_size=config.model.vocab_size, seq_len=config.training.seq_len)
+    sample = config.monitor.sample
+    if sample.tokens > 0:
+        check_prompt(config.data, prompt=sample.prompt, num_tokens=sample.tokens)
 
 
 def _check_groups(overrides: list[str]) -> None:

@@ -134,8 +134,8 @@ class LaunchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"launch.{name}={value}: must be at least 1, or empty")
-        if self.timeout_s <= 0:
-            raise ValueError(f"launch.timeout_s={self.timeout_s}: must be above 0")
+        if not 0 < self.timeout_s < float("inf"):
+            raise ValueError(f"launch.timeout_s={self.timeout_s}: must be finite, above 0")
         if self.nodes > 1 and self.launcher is Launcher.local:
             raise ValueError(
                 f"launch.nodes={self.nodes}: launch=local starts ranks on this machine only; "
@@ -172,11 +172,11 @@ class SampleConfig:
     """Divides the logits; 0 = always the likeliest token."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 0 or self.every < 0 or self.temperature < 0:
-            raise ValueError(
-                f"monitor.sample: tokens={self.tokens}, every={self.every}, "
-                f"temperature={self.temperature}: none may be negative"
-            )
+        for name in ("tokens", "every", "temperature"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"monitor.sample.{name}={getattr(self, name)}: must be finite, 0 or more"
+                )
 
 
 @dataclass(kw_only=True)
@@ -222,6 +222,10 @@ class VerifyConfig:
             raise ValueError(f"verify.steps={self.steps}: at least 2, to resume between them")
         if self.dtype is Precision.bf16:
             raise ValueError("verify.dtype=bf16: proves nothing; choose fp32 or fp64")
+        if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
+            raise ValueError(
+                f"verify.tolerance={self.tolerance}: must be finite, 0 or more; or empty"
+            )
 
 
 @dataclass(kw_only=True)
@@ -312,6 +316,13 @@ class Config:
     def notes(self) -> list[str]:
         """Settings that do something else than their name says in this layout, or nothing."""
         notes = []
+        warmup, steps = self.optim.lr.warmup_steps, self.training.steps
+        if warmup >= steps:
+            when = "never" if warmup > steps else "only in the last step"
+            notes.append(
+                f"optim.lr.warmup_steps={warmup}: with training.steps={steps} the learning rate "
+                f"{when} reaches its peak"
+            )
         pp, stage = self.parallel.pp, self.zero.stage
         sharded = self.parallel.dp_shard != 1 or self.parallel.dp_replicate != 1
         if pp == 1 and self.pipeline.schedule != PipelineConfig().schedule:
@@ -323,10 +334,10 @@ class Config:
                 f"precision.reduce={self.precision.reduce.name}: no effect with one "
                 "data-parallel rank"
             )
-        if pp > 1 and sharded and stage >= 2:
+        if pp > 1 and sharded and stage == 2:
             notes.append(
-                f"zero.stage={stage}: in a pipeline, gradients are reduced once a step, after the "
-                "last microbatch, and held whole until then"
+                "zero.stage=2: in a pipeline, gradients are reduced once a step, after the last "
+                "microbatch, and held whole until then, as at stage 1"
             )
         held = stage < 2 or pp > 1 or self.parallel.dp_replicate != 1
         if sharded and held and self.precision.reduce is Precision.bf16:

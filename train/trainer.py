@@ -259,4 +259,5 @@ class Trainer:
             dp_rank=self.mesh.dp_rank,
             dp_size=self.mesh.dp_size,
             split=split,
+            vocab_size=self.config.model.vocab_size,
         )

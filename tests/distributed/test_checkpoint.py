@@ -446,6 +446,52 @@ def test_unwritable_folder(run_ranks: Run, tmp_path: Path) -> None:
         assert str(tmp_path / "file") in text
 
 
+def save_on_a_disk_of_its_own(ranks: Ranks, root: Path, async_save: bool) -> list[str]:
+    """From step 2 on rank 1 writes to a disk of its own; of step 3, rank 0 sees the beginning."""
+    with process_group(ranks):
+        events: Events = []
+        manager = manager_of(ranks, root, events=events, async_save=async_save, keep=1)
+        tensors = {f"x{ranks.rank}": torch.full((1000,), float(ranks.rank))}
+        save_and_wait(manager, 1, tensors, {})
+        write_here = write.write_chunks
+
+        def elsewhere(folder: Path, *args: Any, **kwargs: Any) -> Any:
+            own = root.with_name("other_node") / folder.name
+            files = write_here(own, *args, **kwargs)
+            if folder.name == folder_name(3):
+                for name in files:
+                    (folder / name).write_bytes(b"half")
+            return files
+
+        if ranks.rank == 1:
+            write.write_chunks = elsewhere
+        texts = []
+        for step in (2, 3):
+            with pytest.raises(CheckpointError, match=f"step {step} could not be saved") as caught:
+                save_and_wait(manager, step, tensors, {})
+            texts.append(str(caught.value))
+            assert manager.newest() == 1
+        write.write_chunks = write_here
+        save_and_wait(manager, 4, tensors, {})
+        assert manager.newest() == 4
+        manager.close()
+        saved = [facts["step"] for name, facts in events if name == "checkpoint_saved"]
+        assert saved == ([1, 4] if ranks.rank == 0 else [])
+        return texts
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_disk_that_nodes_do_not_share_is_named_on_every_rank(
+    run_ranks: Run, tmp_path: Path, async_save: bool
+) -> None:
+    root = tmp_path / "c"
+    (missing, cut), other = run_ranks(save_on_a_disk_of_its_own, root, async_save, world_size=2)
+    assert other == [missing, cut]
+    assert f"checkpoint.dir={root}: not shared by all nodes: rank 1's file __1_0.dis" in missing
+    assert "is not here" in missing
+    assert f"checkpoint.dir={root}: rank 1's file __1_0.distcp has 4 bytes here" in cut
+
+
 # --- kill -9 -----------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from phalanx.launch.compose import Source, check, compose, world_size
 from phalanx.launch.help import choices
 from phalanx.launch.keys import all_keys
 from phalanx.train.config import Precision
+from phalanx.train.data.config import DataConfig
 
 MODELS = ", ".join(choices()["model"])
 
@@ -108,6 +109,26 @@ def test_what_spans_parts_is_checked(overrides: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=r".") as error:
         check(compose(overrides))
     assert said in str(error.value)
+
+
+def test_text_samples_need_a_tokenizer_and_a_prompt(demo_data: DataConfig) -> None:
+    def checked(*overrides: str) -> None:
+        folder = f"data.dir={demo_data.dir}"
+        check(compose([folder, "model.vocab_size=300", "launch.device=cpu", *overrides]))
+
+    foreign = f"data.corpora=[{{path: {demo_data.dir}/tokens}}]"
+    checked("monitor.sample.tokens=8")
+    checked(foreign, "monitor.sample.tokens=0")
+    checked(foreign, "monitor.sample.tokens=8", f"data.tokenizer={demo_data.dir}/tokenizer.json")
+    with pytest.raises(ValueError, match=r"^monitor\.sample\.tokens=8: ") as caught:
+        checked(foreign, "monitor.sample.tokens=8")
+    for remedy in ("data.tokenizer=path/to/tokenizer.json", "monitor.sample.tokens=0"):
+        assert remedy in str(caught.value)
+    with pytest.raises(ValueError, match=r"^data\.tokenizer=gone\.json: no such file"):
+        checked(foreign, "monitor.sample.tokens=8", "data.tokenizer=gone.json")
+    checked("monitor.sample.tokens=0", "monitor.sample.prompt=''")
+    with pytest.raises(ValueError, match=r"^monitor\.sample\.prompt='': no tokens of .*json"):
+        checked("monitor.sample.tokens=8", "monitor.sample.prompt=''")
 
 
 def test_every_key_has_a_meaning() -> None:

@@ -4,7 +4,7 @@ import ast
 import importlib
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +27,7 @@ from phalanx.train.config import (
     TrainingConfig,
     VerifyConfig,
 )
-from phalanx.train.data.config import CorpusConfig, DataConfig
+from phalanx.train.data.config import CorpusConfig, DataConfig, tokenizer_path
 from phalanx.train.model.config import ModelConfig, RopeScalingConfig
 from phalanx.train.optim.config import LrConfig, OptimConfig
 
@@ -73,6 +73,7 @@ def batches(words: tuple[str, ...], world_size: int, **parts: object) -> Case:
     )
 
 
+NAN, INF = float("nan"), float("inf")
 TINY = ModelConfig(vocab_size=300, dim=36, num_layers=5, num_heads=6, num_kv_heads=2, ffn_dim=52)
 PP2 = ParallelConfig(pp=2, dp_shard=1)
 
@@ -119,20 +120,19 @@ CASES = [
     of(LaunchConfig, "launch", "nodes", 0, "at least 1"),
     of(LaunchConfig, "launch", "ranks_per_node", 0, "at least 1"),
     of(LaunchConfig, "launch", "threads_per_rank", -1, "at least 1"),
-    of(LaunchConfig, "launch", "timeout_s", 0.0, "above 0"),
+    *(of(LaunchConfig, "launch", "timeout_s", value, "above 0") for value in (0.0, NAN, INF)),
     of(LaunchConfig, "launch", "nodes", 2, "launch=torchrun", launcher=Launcher.local),
     of(ProfileConfig, "monitor.profile", "start", -1, "0 or more"),
     of(ProfileConfig, "monitor.profile", "steps", -1, "0 or more"),
     *(
-        Case(
-            make=lambda key=key: SampleConfig(**{key: -1}),  # type: ignore[misc]
-            words=("monitor.sample", f"{key}=-1", "negative"),
-        )
+        of(SampleConfig, "monitor.sample", key, -1, "0 or more")
         for key in ("tokens", "every", "temperature")
     ),
+    *(of(SampleConfig, "monitor.sample", "temperature", value, "finite") for value in (NAN, INF)),
     of(MonitorConfig, "monitor", "log_every", 0, "at least 1"),
     of(VerifyConfig, "verify", "steps", 1, "at least 2"),
     of(VerifyConfig, "verify", "dtype", Precision.bf16, "fp32 or fp64"),
+    *(of(VerifyConfig, "verify", "tolerance", value, "0 or more") for value in (-1e-9, NAN, INF)),
     Case(make=lambda: BenchConfig(rounds=0), words=("bench", "rounds=0", "at least 1")),
     Case(make=lambda: BenchConfig(steps=0), words=("bench", "steps=0", "at least 1")),
     whole(
@@ -196,15 +196,31 @@ CASES = [
         parallel=PP2,
     ),
     batches(("dp_shard=3", "4 ranks"), 4, parallel=ParallelConfig(dp_shard=3)),
+    *(
+        Case(
+            make=lambda weight=weight: CorpusConfig(path="a/b", weight=weight),  # type: ignore[misc]
+            words=("data.corpora", f"weight={weight}", "a/b", "above 0"),
+        )
+        for weight in (0.0, NAN, INF)
+    ),
     Case(
-        make=lambda: CorpusConfig(path="a/b", weight=0.0),
-        words=("data.corpora", "weight=0.0", "a/b", "above 0"),
+        make=lambda: tokenizer_path(DataConfig(corpora=[CorpusConfig(path="a/b")])),
+        words=("data.tokenizer", "data.corpora", "data.tokenizer=path/to/tokenizer.json"),
     ),
     of(DataConfig, "data", "eval_fraction", 1.0, "[0, 1)"),
-    of(DataConfig, "data", "eval_fraction", -0.1, "[0, 1)"),
+    *(of(DataConfig, "data", "eval_fraction", value, "[0, 1)") for value in (-0.1, NAN, INF)),
     of(DataConfig, "data", "prefetch", -1, "0 or more"),
     of(DataConfig, "data", "vocab_size", 259, "260"),
-    of(RopeScalingConfig, "model.rope_scaling", "factor", 0.5, "1 (none) or more"),
+    *(
+        of(RopeScalingConfig, "model.rope_scaling", "factor", value, "1 (none) or more")
+        for value in (0.5, NAN, INF)
+    ),
+    *(
+        of(RopeScalingConfig, "model.rope_scaling", key, value, "above 0")
+        for key in ("low_freq_factor", "high_freq_factor")
+        for value in (0.0, NAN, INF)
+    ),
+    of(RopeScalingConfig, "model.rope_scaling", "original_max_seq_len", 0, "above 0"),
     of(
         RopeScalingConfig,
         "model.rope_scaling",
@@ -222,10 +238,15 @@ CASES = [
         for key in ("num_kv_heads", "head_dim")
         for value in (0, -2)
     ),
+    *(
+        of(ModelConfig, "model", key, value, "above 0")
+        for key in ("norm_eps", "rope_theta", "init_std")
+        for value in (0.0, -1.0, NAN, INF)
+    ),
     of(ModelConfig, "model", "num_heads", 5, "model.dim=256", "model.head_dim"),
     of(ModelConfig, "model", "head_dim", 7, "even"),
     of(ModelConfig, "model", "num_kv_heads", 3, "model.num_heads=4"),
-    of(LrConfig, "optim.lr", "peak", 0.0, "above 0"),
+    *(of(LrConfig, "optim.lr", "peak", value, "above 0") for value in (0.0, NAN, INF)),
     of(LrConfig, "optim.lr", "warmup_steps", -1, "0 or more"),
     of(LrConfig, "optim.lr", "min_ratio", 1.5, "[0, 1]"),
     of(LrConfig, "optim.lr", "decay_fraction", -0.1, "[0, 1]"),
@@ -236,6 +257,29 @@ CASES = [
         for key in ("eps", "weight_decay", "max_grad_norm")
     ),
 ]
+
+
+FLOATS = [
+    (part, name, field.name)
+    for name in MODULES
+    for part in vars(importlib.import_module(f"phalanx.{name}")).values()
+    if is_dataclass(part) and part.__module__ == f"phalanx.{name}"
+    for field in fields(part)
+    if field.type in (float, float | None)
+]
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize(
+    ("part", "module", "key"), FLOATS, ids=lambda item: getattr(item, "__name__", item)
+)
+def test_every_float_must_be_finite(part: type, module: str, key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{key}={value}"):
+        part(**{key: value})
+
+
+def test_floats_are_found() -> None:
+    assert len(FLOATS) > 15
 
 
 def refusal(case: Case) -> ValueError:
@@ -293,6 +337,20 @@ def test_degrees_fill_the_world(
     layout: ParallelConfig, world_size: int, sizes: tuple[int, ...]
 ) -> None:
     assert tuple(layout.sized(world_size).values()) == sizes
+
+
+def test_a_warm_up_longer_than_the_run_is_noted() -> None:
+    def notes(warmup_steps: int) -> list[str]:
+        lr = LrConfig(warmup_steps=warmup_steps)
+        return Config(training=TrainingConfig(steps=20), optim=OptimConfig(lr=lr)).notes()
+
+    assert notes(19) == []
+    [last] = notes(20)
+    [never] = notes(100)
+    assert last.startswith("optim.lr.warmup_steps=20: with training.steps=20 ")
+    assert last.endswith("only in the last step reaches its peak")
+    assert never.startswith("optim.lr.warmup_steps=100: with training.steps=20 ")
+    assert never.endswith("never reaches its peak")
 
 
 def test_microbatches_of_a_rank() -> None:

@@ -146,6 +146,33 @@ def test_wrong_arguments_are_named(config: DataConfig) -> None:
         source(config, split="test")
 
 
+@pytest.mark.parametrize("bad", [300, -1])
+def test_a_token_outside_the_vocabulary_names_its_corpus(tmp_path: Path, bad: int) -> None:
+    for name, token in (("good", 299), ("bad", bad)):
+        with TokenWriter(tmp_path / name, vocab_size=100_000) as writer:
+            for number in range(40):
+                writer.add(np.array([3, 4, 5, token if number == 30 else 0, 6]))
+    corpora = [CorpusConfig(path=str(tmp_path / name)) for name in ("good", "bad")]
+    config = DataConfig(corpora=corpora, eval_fraction=0)
+    checked, unchecked = source(config, vocab_size=300), source(config)
+    steps = range(10)
+    lows = [int(unchecked.batch(step).tokens_BS.min()) for step in steps]
+    highs = [int(unchecked.batch(step).tokens_BS.max()) for step in steps]
+    first = next(n for n in steps if lows[n] < 0 or highs[n] > 299)
+    for step in range(first):
+        assert same(checked.batch(step), unchecked.batch(step))
+    prefetcher = Prefetcher(checked, first, 2)
+    with pytest.raises(ValueError, match=rf"bad holds token {bad}, .*vocab_size=300; ") as caught:
+        next(prefetcher)
+    prefetcher.close()
+    assert ("raise model.vocab_size to at least 301" in str(caught.value)) == (bad == 300)
+    assert "tokenizer" in str(caught.value)
+    config.corpora = corpora[:1]
+    assert all(
+        same(source(config, vocab_size=300).batch(n), source(config).batch(n)) for n in steps
+    )
+
+
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_prefetched_batches_are_the_sources(config: DataConfig, depth: int) -> None:
     batches = source(config)

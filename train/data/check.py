@@ -15,7 +15,8 @@ TOKENS_LOOKED_AT = 4_000_000
 def check_data(config: DataConfig, *, vocab_size: int, seq_len: int) -> None:
     """Check that corpora and tokenizer stand, are whole, large enough, and fit the vocabulary.
 
-    Corpora of a foreign make are looked into up to their first four million tokens. A tokenizer is
+    Corpora of a foreign make are looked into up to their first four million tokens; the rest is
+    looked at as it is read (BatchSource). A tokenizer is
     asked for only where `phalanx data prepare` would train one or data.tokenizer names one:
     training on ready-made corpora needs none.
 
@@ -42,6 +43,24 @@ def check_data(config: DataConfig, *, vocab_size: int, seq_len: int) -> None:
                 f"model.vocab_size={vocab_size}: smaller than the {size} tokens of "
                 f"{tokenizer_path(config)}; use at least {size}"
             )
+
+
+def check_prompt(config: DataConfig, *, prompt: str, num_tokens: int) -> None:
+    """Check that the text samples of a run, monitor.sample, have a tokenizer and a beginning.
+
+    Raises:
+        ValueError: with the key, its value, and what would be right.
+    """
+    if config.corpora and config.tokenizer is None:
+        raise ValueError(
+            f"monitor.sample.tokens={num_tokens}: to write text, the tokenizer of data.corpora "
+            "must be named; set data.tokenizer=path/to/tokenizer.json, or monitor.sample.tokens=0"
+        )
+    if not load_tokenizer(config).encode(prompt).ids:
+        raise ValueError(
+            f"monitor.sample.prompt={prompt!r}: no tokens of {tokenizer_path(config)}; use at "
+            "least one character that it knows"
+        )
 
 
 def _check_prepared(config: DataConfig) -> None:

@@ -22,8 +22,10 @@ class CorpusConfig:
     """Share of the samples, relative to the other corpora's weights."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ValueError(f"data.corpora: weight={self.weight} of {self.path}: must be above 0")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(
+                f"data.corpora: weight={self.weight} of {self.path}: must be finite, above 0"
+            )
 
 
 @dataclass(kw_only=True)
@@ -42,7 +44,7 @@ class DataConfig:
     """Token corpora to blend; empty = the one that `phalanx data prepare` writes, dir/tokens."""
     tokenizer: str | None = None
     """A Hugging Face `tokenizer.json`; empty = the one trained by `phalanx data prepare`,
-    dir/tokenizer.json."""
+    dir/tokenizer.json, unless corpora are named: those may be of another tokenizer."""
     vocab_size: int = 4096
     """Vocabulary of a tokenizer trained by `phalanx data prepare`."""
     eval_fraction: float = 0.02
@@ -70,8 +72,19 @@ def corpora(config: DataConfig) -> list[CorpusConfig]:
 
 
 def tokenizer_path(config: DataConfig) -> str:
-    """The tokenizer named, or the one that `phalanx data prepare` trains."""
-    return config.tokenizer or f"{config.dir}/tokenizer.json"
+    """The tokenizer named, or the one that `phalanx data prepare` trains.
+
+    Raises:
+        ValueError: none is named, and the corpora are not those of `phalanx data prepare`.
+    """
+    if config.tokenizer is not None:
+        return config.tokenizer
+    if config.corpora:
+        raise ValueError(
+            "data.tokenizer: empty, and data.corpora names ready-made tokens, which may be of any "
+            "tokenizer; name theirs, as data.tokenizer=path/to/tokenizer.json"
+        )
+    return f"{config.dir}/tokenizer.json"
 
 
 def prepare_command(config: DataConfig) -> str:

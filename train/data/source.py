@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from phalanx.train.data.blend import Blend
@@ -59,8 +60,13 @@ class BatchSource:
         dp_rank: int,
         dp_size: int,
         split: str = "train",
+        vocab_size: int | None = None,
     ) -> None:
         """Open the corpora of `config` for rank `dp_rank` of `dp_size`.
+
+        Args:
+            vocab_size: model.vocab_size, which the tokens of every batch are held against; None =
+                they are not looked at.
 
         Raises:
             ValueError: the batch does not divide, or a corpus cannot be read or is too small.
@@ -81,7 +87,9 @@ class BatchSource:
         self._rows = global_batch_size // dp_size
         self._first_row = dp_rank * self._rows
         self._seq_len = seq_len
+        self._vocab_size = vocab_size
         chosen = corpora(config)
+        self._paths = [corpus.path for corpus in chosen]
         self._blend = Blend([corpus.weight for corpus in chosen])
         self._corpora = [
             PackedCorpus(
@@ -96,7 +104,11 @@ class BatchSource:
         ]
 
     def batch(self, step: int) -> Batch:
-        """This rank's rows of step `step`, counted from 0."""
+        """This rank's rows of step `step`, counted from 0.
+
+        Raises:
+            ValueError: a token lies outside the vocabulary.
+        """
         first = step * self.global_batch_size + self._first_row
         sample_ids = list(range(first, first + self._rows))
         tokens = np.empty((self._rows, self._seq_len + 1), dtype=np.int64)
@@ -104,6 +116,7 @@ class BatchSource:
         for row, sample_id in enumerate(sample_ids):
             corpus, index = self._blend.locate(sample_id)
             tokens[row], documents[row] = self._corpora[corpus].sample(index)
+        self._check_tokens(tokens, sample_ids)
         labels = tokens[:, 1:].copy()
         places = np.arange(self._seq_len, dtype=np.int64)
         positions = np.broadcast_to(places, labels.shape)
@@ -121,6 +134,23 @@ class BatchSource:
             document_BS=torch.from_numpy(inputs) if self._document_mask else None,
             sample_ids=sample_ids,
             num_valid=int((labels != IGNORE).sum()),
+        )
+
+    def _check_tokens(self, tokens: NDArray[np.int64], sample_ids: list[int]) -> None:
+        """Corpora are looked into only at their beginning before a run, so here as they are read.
+
+        Tensor parallelism would take a token that no rank holds for a row of zeros.
+        """
+        size = self._vocab_size
+        if size is None or (tokens.min() >= 0 and tokens.max() < size):
+            return
+        row, place = np.argwhere((tokens < 0) | (tokens >= size))[0]
+        corpus, _ = self._blend.locate(sample_ids[row])
+        token = int(tokens[row, place])
+        remedy = f"raise model.vocab_size to at least {token + 1}, or " if token > 0 else ""
+        raise ValueError(
+            f"data.corpora: {self._paths[corpus]} holds token {token}, outside "
+            f"model.vocab_size={size}; {remedy}make the corpus anew with this model's tokenizer"
         )
 
 

@@ -18,8 +18,15 @@ class RopeScalingConfig:
     """Context length, in tokens, that the model was first trained with."""
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ValueError(f"model.rope_scaling.factor={self.factor}: use 1 (none) or more")
+        if not 1 <= self.factor < float("inf"):
+            raise ValueError(
+                f"model.rope_scaling.factor={self.factor}: use 1 (none) or more, finite"
+            )
+        for name in ("low_freq_factor", "high_freq_factor", "original_max_seq_len"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"model.rope_scaling.{name}={getattr(self, name)}: must be finite, above 0"
+                )
         if self.factor > 1 and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"model.rope_scaling.high_freq_factor={self.high_freq_factor}: must be larger "
@@ -66,6 +73,9 @@ class ModelConfig:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "ffn_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("norm_eps", "rope_theta", "init_std"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"model.{name}={getattr(self, name)}: must be finite, above 0")
         for name in ("num_kv_heads", "head_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:

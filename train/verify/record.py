@@ -50,6 +50,7 @@ def record(ranks: Ranks, config: Config, folder: Path, *, first: int, save_at: i
             seed=config.training.seed,
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp_size,
+            vocab_size=config.model.vocab_size,
         )
         checkpoints = CheckpointManager(
             config.checkpoint,
