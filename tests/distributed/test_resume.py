@@ -28,7 +28,8 @@ from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.optim.config import LrConfig, OptimConfig
 
-STEPS = 24
+STEPS = 28
+"""A run resumed from its checkpoint of step 6 still has more than 20 to compare."""
 LAYOUTS = [
     {"dp_shard": 4},
     {"tp": 2, "dp_shard": 2},
@@ -106,10 +107,13 @@ def test_resumes_twice_bit_for_bit(
     assert [step for step, _, _ in metrics(whole)] == list(range(STEPS))
 
 
-def test_sigterm_saves_and_the_next_run_goes_on(demo_data: DataConfig, tmp_path: Path) -> None:
-    whole = config_for(demo_data, tmp_path / "whole", {"dp_shard": 2})
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["dp", "tp-dp", "pp-dp"])
+def test_sigterm_saves_and_the_next_run_goes_on(
+    demo_data: DataConfig, tmp_path: Path, layout: dict[str, int]
+) -> None:
+    whole = config_for(demo_data, tmp_path / "whole", layout)
     train(whole)
-    stopped = config_for(demo_data, tmp_path / "stopped", {"dp_shard": 2})
+    stopped = config_for(demo_data, tmp_path / "stopped", layout)
     path = tmp_path / "stopped" / "metrics.jsonl"
 
     def ask_to_stop() -> None:
@@ -137,7 +141,7 @@ def test_goes_on_in_another_layout(demo_data: DataConfig, tmp_path: Path) -> Non
     for (step, loss, norm), (same, other, other_norm) in zip(
         metrics(whole), metrics(moved), strict=True
     ):
-        # fp32 sums in another order: rounding of 1e-7 that 18 optimizer steps amplify.
+        # fp32 sums in another order: rounding of 1e-7 that 22 optimizer steps amplify.
         assert step == same
         assert loss == pytest.approx(other, rel=1e-4)
         assert norm == pytest.approx(other_norm, rel=1e-3)
