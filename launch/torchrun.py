@@ -23,8 +23,8 @@ from phalanx.train.config import Config, LaunchConfig
 
 CULPRIT_S = 2.0
 """How long a rank that failed because another did waits for that one to tell its failure."""
-START_POLL_S = 0.2
-"""Time between looks for torchrun's workers, until they are there."""
+POLL_S = 0.2
+"""Time between looks at signals and at torchrun's workers."""
 
 
 def run_torchrun(arguments: Sequence[str], *, config: Config, world_size: int) -> None:
@@ -62,14 +62,12 @@ class _Agent:
 
     def __init__(self) -> None:
         self.signals: list[int] = []
-        self._process: subprocess.Popen[bytes] | None = None
-        self._has_started = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Agent":
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._on_signal)
+                self._before[signum] = signal.signal(signum, self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,36 +76,32 @@ class _Agent:
 
     def run(self, command: Sequence[str], environ: dict[str, str]) -> int:
         """Start torchrun; its exit code."""
-        self._process = subprocess.Popen(command, start_new_session=True, env=environ)
-        if self.signals:
-            self._pass_on(self._process.pid)
-        while not self._has_started:
+        process = subprocess.Popen(command, start_new_session=True, env=environ)
+        agent = psutil.Process(process.pid)
+        had_workers = asked = False
+        while True:
             with suppress(subprocess.TimeoutExpired):
-                return self._process.wait(START_POLL_S)
+                return process.wait(POLL_S)
+            if had_workers and not self.signals:
+                continue
             with suppress(psutil.NoSuchProcess):
-                self._has_started = bool(_workers(psutil.Process(self._process.pid)))
-        return self._process.wait()
+                workers = _workers(agent)
+                had_workers = had_workers or bool(workers)
+                if len(self.signals) > 1:
+                    _each([*agent.children(recursive=True), agent], psutil.Process.kill)
+                elif self.signals and not asked:
+                    _each(workers if had_workers else [agent], psutil.Process.terminate)
+                    asked = bool(workers) or not had_workers
 
-    def _on_signal(self, signum: int, _frame: Any) -> None:
+    def _hear(self, signum: int, _frame: Any) -> None:
+        """Only noted here: a second signal may interrupt what the first one started."""
         self.signals.append(signum)
-        if self._process is not None:
-            self._pass_on(self._process.pid)
 
-    def _pass_on(self, pid: int) -> None:
-        """The first signal asks; one more ends."""
+
+def _each(processes: list[psutil.Process], do: Callable[[psutil.Process], None]) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            agent = psutil.Process(pid)
-            if len(self.signals) > 1:
-                for process in (*agent.children(recursive=True), agent):
-                    with suppress(psutil.NoSuchProcess):
-                        process.kill()
-                return
-            workers = _workers(agent)
-            if not workers and not self._has_started:
-                agent.terminate()
-            for worker in workers:
-                with suppress(psutil.NoSuchProcess):
-                    worker.terminate()
+            do(process)
 
 
 def _workers(agent: psutil.Process) -> list[psutil.Process]:
