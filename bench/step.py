@@ -19,8 +19,9 @@ from phalanx.bench.figures import Figure, Request, compared
 from phalanx.bench.peer_fsdp2 import PeerLoop
 from phalanx.fault.signals import StopRequest
 from phalanx.parallel.ranks import Ranks, process_group
+from phalanx.train.build import batch_source
 from phalanx.train.config import Config
-from phalanx.train.data.source import BatchSource, Prefetcher
+from phalanx.train.data.source import Prefetcher
 from phalanx.train.flops import flops_per_token, peak
 from phalanx.train.trainer import Trainer
 
@@ -135,14 +136,10 @@ class _Side:
         self.trainer = Trainer(config, ranks) if name == "phalanx" else None
         self.peer = None if self.trainer else PeerLoop(config, ranks)
         mesh = self.trainer.mesh if self.trainer else None
-        source = BatchSource(
-            config.data,
-            seq_len=config.training.seq_len,
-            global_batch_size=config.training.global_batch_size,
-            seed=config.training.seed,
+        source = batch_source(
+            config,
             dp_rank=mesh.dp_rank if mesh else ranks.rank,
             dp_size=mesh.dp_size if mesh else ranks.world_size,
-            vocab_size=config.model.vocab_size,
         )
         self.batches = Prefetcher(source, 0, config.data.prefetch)
 
@@ -171,7 +168,9 @@ def _quiet(config: Config, folder: Path) -> Config:
     return replace(
         config,
         run=replace(config.run, dir=str(folder)),
-        checkpoint=replace(config.checkpoint, dir=str(folder / "checkpoints"), every=0),
+        checkpoint=replace(
+            config.checkpoint, dir=str(folder / "checkpoints"), every=0, save_last=False
+        ),
         monitor=replace(config.monitor, progress=False),
         training=replace(
             config.training, steps=max(config.training.steps, config.bench.steps * 20)

@@ -28,14 +28,6 @@ class Peers:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def broadcast(self, value: T) -> T:
-        """Rank 0's value."""
-        if self.group is None:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, group=self.group, group_src=0)
-        return values[0]
-
     def agree(self, what: str, action: Callable[[], T]) -> list[T]:
         """Run `action` on every rank and return all results, or fail on every rank alike.
 

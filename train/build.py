@@ -12,6 +12,7 @@ from phalanx.parallel.pipeline.runtime import PipelineExecutor
 from phalanx.parallel.pipeline.stages import stage_layers, stages_of_rank
 from phalanx.parallel.zero.shard import Dtypes
 from phalanx.train.config import Config, Precision, PrecisionConfig
+from phalanx.train.data.source import BatchSource
 from phalanx.train.model.init import init_weights
 from phalanx.train.model.plan import plan_for
 from phalanx.train.model.transformer import Transformer, parameter_name
@@ -120,3 +121,19 @@ def _executor(
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+def batch_source(
+    config: Config, *, dp_rank: int, dp_size: int, split: str = "train"
+) -> BatchSource:
+    """The samples of one data-parallel rank."""
+    return BatchSource(
+        config.data,
+        seq_len=config.training.seq_len,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.training.seed,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        split=split,
+        vocab_size=config.model.vocab_size,
+    )

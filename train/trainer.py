@@ -12,6 +12,7 @@ from phalanx.fault.signals import StopRequest
 from phalanx.parallel.comm_timer import CommTimer
 from phalanx.parallel.mesh import build_mesh
 from phalanx.parallel.ranks import Ranks, process_group
+from phalanx.train.build import batch_source
 from phalanx.train.config import Config
 from phalanx.train.data.source import Batch, BatchSource, Prefetcher
 from phalanx.train.data.tokenizer import load_tokenizer
@@ -251,13 +252,6 @@ class Trainer:
         self.report.sample(done, text)
 
     def _source(self, split: str) -> BatchSource:
-        return BatchSource(
-            self.config.data,
-            seq_len=self.config.training.seq_len,
-            global_batch_size=self.config.training.global_batch_size,
-            seed=self.config.training.seed,
-            dp_rank=self.mesh.dp_rank,
-            dp_size=self.mesh.dp_size,
-            split=split,
-            vocab_size=self.config.model.vocab_size,
+        return batch_source(
+            self.config, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size, split=split
         )

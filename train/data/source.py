@@ -17,13 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from phalanx.parallel.tensor.loss import IGNORE
 from phalanx.train.data.blend import Blend
 from phalanx.train.data.config import DataConfig, corpora
 from phalanx.train.data.indexed import TokenFile
 from phalanx.train.data.packing import SPLITS, PackedCorpus
 
-IGNORE = -100
-"""Label of a token that has nothing to predict."""
 EVAL_SEED = 0
 """The held-out split is shuffled by this, so that runs of any seed evaluate on the same samples."""
 

@@ -22,8 +22,9 @@ from phalanx.checkpoint.chunks import Chunk, chunk_of
 from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.parallel.mesh import build_mesh
 from phalanx.parallel.ranks import Ranks, process_group
+from phalanx.train.build import batch_source
 from phalanx.train.config import Config, Injection
-from phalanx.train.data.source import Batch, BatchSource
+from phalanx.train.data.source import Batch
 from phalanx.train.optim.schedule import learning_rate
 from phalanx.train.state import describe
 from phalanx.train.step import Engine
@@ -43,15 +44,7 @@ def record(ranks: Ranks, config: Config, folder: Path, *, first: int, save_at: i
         engine = Engine(config, mesh, ranks.device)
         defect = config.verify.inject
         engine.model = replace(engine.model, executor=inject(engine.model, defect))
-        source = BatchSource(
-            config.data,
-            seq_len=config.training.seq_len,
-            global_batch_size=config.training.global_batch_size,
-            seed=config.training.seed,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
-            vocab_size=config.model.vocab_size,
-        )
+        source = batch_source(config, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
         checkpoints = CheckpointManager(
             config.checkpoint,
             rank=ranks.rank,
