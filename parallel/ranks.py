@@ -44,7 +44,7 @@ class Ranks:
 
 @contextmanager
 def process_group(ranks: Ranks) -> Iterator[None]:
-    """Join the job's default process group (gloo, and NCCL for CUDA tensors); leave it at the end.
+    """Join the job's default process group (gloo, and NCCL for CUDA tensors); leave it together.
 
     Raises:
         RuntimeError: a rank did not come within `ranks.timeout_s`.
@@ -61,5 +61,7 @@ def process_group(ranks: Ranks) -> Iterator[None]:
         device_id=ranks.device if ranks.device_type == "cuda" else None,
     )
     yield
-    # Not while an error unwinds: NCCL may wait there for ranks that will never come.
+    # Neither while an error unwinds: both wait for ranks that may never come.
+    # Rank 0 may hold the store, which others still need while they make groups.
+    dist.all_reduce(torch.zeros(1))
     dist.destroy_process_group()
