@@ -31,7 +31,8 @@ class Costs:
         cls, f: float, b: float, w: float, hop: float = 0.0, *, num_stages: int, chunks: int = 1
     ) -> "Costs":
         """Equal stages; f, b and w of a whole rank, of which a stage has 1 / chunks."""
-        return cls(*((x / chunks,) * num_stages for x in (f, b, w)), hop)
+        f_, b_, w_ = ((x / chunks,) * num_stages for x in (f, b, w))
+        return cls(f_, b_, w_, hop)
 
     def of(self, op: Op) -> float:
         """An operation's time."""
@@ -60,7 +61,8 @@ class Memory:
     @classmethod
     def uniform(cls, f: float, b: float, w: float, *, num_stages: int, chunks: int = 1) -> "Memory":
         """Equal stages; f, b and w of a whole rank, of which a stage has 1 / chunks."""
-        return cls(*((x / chunks,) * num_stages for x in (f, b, w)))
+        f_, b_, w_ = ((x / chunks,) * num_stages for x in (f, b, w))
+        return cls(f_, b_, w_)
 
     @classmethod
     def microbatches(cls, schedule: Schedule) -> "Memory":
