@@ -88,8 +88,10 @@ def machine() -> dict[str, Any]:
 def table(figures: list[Figure]) -> str:
     """For the terminal."""
     lines = []
+    width = max((len(figure.name) for figure in figures), default=0)
+    units = max((len(figure.unit) for figure in figures), default=0)
     for f in figures:
-        line = f"{f.name:24} {f.value:12,.4g} {f.unit:10}"
+        line = f"{f.name:{width}} {f.value:12,.4g} {f.unit:{units}}"
         if f.low is not None and f.high is not None:
             line += f" [{f.low:,.4g} to {f.high:,.4g}]"
         if f.peer is not None and f.peer_value is not None and f.ratio is not None:

@@ -15,6 +15,9 @@ PHASES = ("start", "join", "build", "first_step")
 """start: interpreter, configuration, torch, processes. join: process group. build: mesh, model,
 optimizer, logs and the search for a checkpoint. first_step: data and one optimizer step."""
 
+ROUNDS = 5
+"""Where bench.rounds is empty."""
+
 
 def bench(request: Request) -> list[Figure]:
     """Run the command for one step in a new process, `bench.rounds` times.
@@ -22,7 +25,7 @@ def bench(request: Request) -> list[Figure]:
     Raises:
         RuntimeError: a run failed; carries the end of its output.
     """
-    runs = [_measure(request.arguments) for _ in range(request.config.bench.rounds)]
+    runs = [_measure(request.arguments) for _ in range(request.config.bench.rounds or ROUNDS)]
     figures = {f"startup.{phase}_s": [run[phase] for run in runs] for phase in PHASES}
     figures["startup.total_s"] = [sum(run.values()) for run in runs]
     return [

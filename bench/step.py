@@ -27,6 +27,8 @@ from phalanx.train.trainer import Trainer
 
 PEER = "fsdp2"
 SIDES = ("phalanx", PEER)
+ROUNDS, STEPS = 5, 4
+"""Where bench.rounds and bench.steps are empty."""
 
 
 def bench(request: Request) -> list[Figure]:
@@ -50,7 +52,7 @@ def bench(request: Request) -> list[Figure]:
         run = {"world_size": world_size, "config": config.launch}
         timed = request.launch(measure_time, config, **run)[0]
         memory = {side: request.launch(measure_memory, config, side, **run) for side in SIDES}
-    tokens = training.global_batch_size * training.seq_len * config.bench.steps
+    tokens = training.global_batch_size * training.seq_len * (config.bench.steps or STEPS)
     rates = {side: [tokens / s for s in timed["wall"][side]] for side in SIDES}
     return [
         compared("step.tokens_per_s", "tokens/s", PEER, *rates.values(), less_is_better=False),
@@ -79,16 +81,17 @@ def measure_time(ranks: Ranks, config: Config) -> dict[str, Any]:
     wall: dict[str, list[float]] = {side: [] for side in SIDES}
     cpu: dict[str, list[float]] = {side: [] for side in SIDES}
     losses: dict[str, float] = {}
+    steps = config.bench.steps or STEPS
     with process_group(ranks):
         sides = {side: _Side(side, config, ranks) for side in SIDES}
         for side in sides.values():
-            side.run(config.bench.steps)
-        for turn in range(config.bench.rounds):
+            side.run(steps)
+        for turn in range(config.bench.rounds or ROUNDS):
             order = SIDES if turn % 2 == 0 else SIDES[::-1]
             for name in order:
                 dist.barrier()
                 begin, cpu_begin = time.perf_counter(), time.process_time()
-                losses[name] = sides[name].run(config.bench.steps)
+                losses[name] = sides[name].run(steps)
                 _synchronize(ranks)
                 spent = torch.tensor(time.process_time() - cpu_begin, dtype=torch.float64)
                 dist.barrier()
@@ -119,7 +122,7 @@ def measure_memory(ranks: Ranks, config: Config, side: str) -> int:
         if ranks.device_type == "cpu":
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         runner = _Side(side, config, ranks)
-        runner.run(config.bench.steps)
+        runner.run(config.bench.steps or STEPS)
         runner.close()
         if ranks.device_type == "cuda":
             return int(torch.cuda.max_memory_allocated())
@@ -152,7 +155,10 @@ class _Side:
         else:
             with self.trainer.comm:
                 for step in range(self.done, self.done + steps):
-                    loss, _ = self.trainer.step(step, next(self.batches), StopRequest())
+                    self.trainer.step(step, next(self.batches), StopRequest())
+                self.trainer.settle()
+            assert self.trainer.loss is not None
+            loss = self.trainer.loss
         self.done += steps
         return loss
 
@@ -173,7 +179,8 @@ def _quiet(config: Config, folder: Path) -> Config:
         ),
         monitor=replace(config.monitor, progress=False),
         training=replace(
-            config.training, steps=max(config.training.steps, config.bench.steps * 20)
+            config.training,
+            steps=max(config.training.steps, (config.bench.steps or STEPS) * 20),
         ),
     )
 

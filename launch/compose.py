@@ -116,9 +116,10 @@ def check(config: Config) -> None:
         ValueError: one line that says what is wrong and what would be right.
     """
     from phalanx.train.data.check import check_data, check_prompt
+    from phalanx.train.pipeline_plan import check_pipeline
 
     world = world_size(config)
-    config.num_microbatches(world)
+    check_pipeline(config, config.num_microbatches(world))
     if world % config.launch.nodes:
         raise ValueError(
             f"launch.nodes={config.launch.nodes}: does not divide the {world} ranks that the "

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from phalanx.train.config import Device, LaunchConfig, Launcher
 
@@ -46,6 +47,11 @@ def cpu_count() -> int:
 def threads_per_rank(config: LaunchConfig, local_world_size: int) -> int:
     """CPU threads of one rank: the same rule under every launcher, so that results agree."""
     return config.threads_per_rank or max(1, cpu_count() // local_world_size)
+
+
+def wants_color(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether to colour what goes to a stream: a terminal, and NO_COLOR (no-color.org) not set."""
+    return stream.isatty() and not environ.get("NO_COLOR")
 
 
 def gpu_count(environ: Mapping[str, str] = os.environ) -> int:

@@ -52,8 +52,10 @@ def explain(verb: "Verb", topics: Sequence[str]) -> str:
     lines = [f"usage: {verb.usage}", f"       {verb.summary}"]
     if verb.examples:
         lines += ["", "Examples:", *(f"  {example}" for example in verb.examples)]
+    options = (*verb.options, *(HYDRA_OPTIONS if verb.takes_overrides else ()))
+    if options:
+        lines += ["", "Options:", *(f"  {flag:<20} {text}" for flag, text in options)]
     if verb.takes_overrides:
-        lines += ["", "Options:", *(f"  {flag:<20} {text}" for flag, text in HYDRA_OPTIONS)]
         lines += ["", "Groups, chosen as group=choice:"]
         lines += [f"  {group:<12} {', '.join(names)}" for group, names in choices().items()]
         lines += ["", "Keys, set as key=value:", ""]

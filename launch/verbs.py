@@ -20,6 +20,7 @@ from phalanx.launch import env
 from phalanx.launch.compose import world_size
 from phalanx.launch.failure import BadInput, user_input
 from phalanx.launch.hydra_app import Job, json_option, run
+from phalanx.launch.schedule_flags import OPTIONS
 from phalanx.launch.start import launch
 from phalanx.train.config import Config, Launcher
 from phalanx.train.resume import check_resume
@@ -35,6 +36,8 @@ class Verb:
     usage: str
     summary: str
     examples: tuple[str, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
+    """Flag and meaning, of the verb's own."""
     takes_overrides: bool = True
 
 
@@ -55,7 +58,8 @@ def bench(argv: Sequence[str]) -> None:
     name = rest[0] if rest else ""
     if name not in BENCHES:
         raise BadInput(f"bench {name}: unknown; choose one of {', '.join(BENCHES)}")
-    run("bench", rest[1:], partial(_bench, name=name, json_file=json_file))
+    job = partial(_bench, name=name, json_file=json_file)
+    run("bench", rest[1:], job, starts_ranks=name not in WITHOUT_DATA)
 
 
 def data(argv: Sequence[str]) -> None:
@@ -73,6 +77,13 @@ def checkpoint(argv: Sequence[str]) -> None:
     do(argv)
 
 
+def schedule(argv: Sequence[str]) -> None:
+    """Build, check, replay and draw a pipeline schedule."""
+    from phalanx.launch.schedule_verb import schedule as do
+
+    do(argv)
+
+
 def doctor(argv: Sequence[str]) -> None:
     """Look at the machine."""
     from phalanx.launch.doctor import doctor as do
@@ -80,8 +91,15 @@ def doctor(argv: Sequence[str]) -> None:
     do(argv)
 
 
-BENCHES = {"step": "phalanx.bench.step", "startup": "phalanx.bench.startup"}
+BENCHES = {
+    "step": "phalanx.bench.step",
+    "startup": "phalanx.bench.startup",
+    "pipeline": "phalanx.bench.pipeline",
+    "wgrad": "phalanx.bench.wgrad",
+}
 """Benches by name: a module with `bench(request) -> list of figures`."""
+WITHOUT_DATA = ("pipeline", "wgrad")
+"""Benches that need no prepared data and no layout that divides."""
 
 VERBS: dict[str, Verb] = {
     "train": Verb(
@@ -129,11 +147,25 @@ VERBS: dict[str, Verb] = {
     "bench": Verb(
         run=bench,
         usage=f"phalanx bench {'|'.join(BENCHES)} [--json FILE] [OVERRIDES]",
-        summary="measure: a step beside a plain FSDP2 loop, or the start-up",
+        summary="measure: a step, the start-up, pipeline schedules, weight gradients",
         examples=(
             "phalanx bench step parallel.dp_shard=2 parallel.pp=1 --json step.json",
             "phalanx bench startup experiment=tiny",
+            "phalanx bench pipeline bench.pipeline.forward_ms=10 --json pipeline.json",
+            "phalanx bench wgrad training.seq_len=512",
         ),
+    ),
+    "schedule": Verb(
+        run=schedule,
+        usage="phalanx schedule [--p P --m M --costs F,B,W,C] [OPTIONS] [OVERRIDES]",
+        summary="show what a pipeline schedule costs: bubbles, memory, timeline",
+        examples=(
+            "phalanx schedule --p 4 --m 8 --costs 1,1,1,0 --schedule zb_h1",
+            "phalanx schedule --p 8 --m 32 --costs 3,3,2,.1 --memory 1 --schedule auto --svg a.svg",
+            "phalanx schedule experiment=llama3_8b parallel.pp=8 --schedule v_half",
+            "phalanx schedule parallel.pp=4 training.microbatch_size=1 --trace trace.json",
+        ),
+        options=OPTIONS,
     ),
     "doctor": Verb(
         run=doctor,

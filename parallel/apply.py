@@ -10,6 +10,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from phalanx.parallel.checkpointing import checkpointed
 from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
 from phalanx.parallel.mesh import Mesh
+from phalanx.parallel.pipeline.wgrad import WeightGradientStore, defer_weight_gradients
 from phalanx.parallel.plan import ModelPlan
 from phalanx.parallel.zero.shard import Dtypes, shard_model
 
@@ -22,18 +23,37 @@ def parallelize(
     config: ParallelConfig,
     zero_stage: int,
     dtypes: Dtypes,
+    store: WeightGradientStore | None = None,
 ) -> None:
-    """TP with SP -> activation checkpointing -> compile -> ZeRO, in place.
+    """TP with SP -> weight gradients' store -> activation checkpointing -> compile -> ZeRO.
 
-    The model may lie on the meta device. Cutting it into pipeline stages comes before.
+    In place; the model may lie on the meta device. Cutting it into pipeline stages comes before.
+    With a `store`, weight gradients can be deferred; without, autograd computes them.
     """
     if mesh.size("tp") > 1:
         parallelize_module(model, mesh.axis("tp"), plan.tensor)
         plan.tie_weights()
+    if store is not None:
+        store.undeferred = _undeferred(config)
+        defer_weight_gradients(model, store, leave=plan.blocks if store.undeferred else ())
     if config.compile or config.activation_checkpoint is not ActivationCheckpoint.none:
         for block in plan.blocks:
             block.forward = _block_forward(block, config)  # type: ignore[method-assign]
     shard_model(model, plan, mesh, stage=zero_stage, dtypes=dtypes)
+
+
+def _undeferred(config: ParallelConfig) -> str:
+    """What keeps compiled blocks from deferring weight gradients; "" where nothing does.
+
+    A store is a side effect, at which dynamo cuts a block's graph. torch 2.13 computes wrong
+    gradients where the cut lies between a tensor-parallel module's hooks, and compiles nothing of a
+    selective checkpoint that holds one. Those blocks stay whole and leave weights to autograd.
+    """
+    if config.compile and config.tp > 1:
+        return f"parallel.compile=true with parallel.tp={config.tp}"
+    if config.compile and config.activation_checkpoint is ActivationCheckpoint.selective:
+        return "parallel.compile=true with parallel.activation_checkpoint=selective"
+    return ""
 
 
 def _block_forward(block: nn.Module, config: ParallelConfig) -> Callable[..., Tensor]:

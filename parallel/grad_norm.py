@@ -22,18 +22,19 @@ def settle_partial(parameters: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
-def local_square_norm(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
-    """This rank's share of the squared global L2 norm, a fp64 scalar; the world's sum is the whole.
+def local_squares(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
+    """This rank's shares of the squared global L2 norm, by parameter, fp64 (P,).
 
-    Every element counts once: a gradient that a mesh axis replicates is counted by that axis's
-    first rank. Parameters that another rank counts (a tied copy) are left out by the caller.
+    The sum over the world is the whole; `exact_sum` makes it the same on whatever ranks the
+    parameters lie. Every element counts once: a gradient that a mesh axis replicates is counted by
+    that axis's first rank. Parameters that another rank counts (a tied copy) are left out by the
+    caller.
     """
     grads = (p.grad for p in parameters if p.grad is not None)
     counted = [local for grad in grads if _counts_here(grad) and (local := _local(grad)).numel()]
     if not counted:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch._foreach_norm(counted, 2, dtype=torch.float64)
-    return torch.stack(norms).square().sum()
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(counted, 2, dtype=torch.float64)).square()
 
 
 @torch.no_grad()

@@ -8,14 +8,17 @@ from torch import Tensor, nn
 from phalanx.parallel.apply import parallelize
 from phalanx.parallel.executor import Executor, WholeModelExecutor
 from phalanx.parallel.mesh import Mesh
+from phalanx.parallel.pipeline.graph import Schedule
 from phalanx.parallel.pipeline.runtime import PipelineExecutor
-from phalanx.parallel.pipeline.stages import stage_layers, stages_of_rank
+from phalanx.parallel.pipeline.tied import TiedWeight, share_memory
+from phalanx.parallel.pipeline.wgrad import WeightGradientStore
 from phalanx.parallel.zero.shard import Dtypes
 from phalanx.train.config import Config, Precision, PrecisionConfig
 from phalanx.train.data.source import BatchSource
 from phalanx.train.model.init import init_weights
 from phalanx.train.model.plan import plan_for
 from phalanx.train.model.transformer import Transformer, parameter_name
+from phalanx.train.pipeline_plan import plan_pipeline
 
 TORCH_DTYPES = {
     Precision.fp64: torch.float64,
@@ -43,74 +46,118 @@ class Model:
     """Runs them."""
     parameters: dict[str, nn.Parameter]
     """By the whole model's names."""
-    tied_copy: str | None
-    """Name of the parameter that the first and the last pipeline rank both hold, where this rank
-    is one of them."""
-    counts_tied: bool
-    """Whether this rank is the one that counts the tied copy in norms."""
+    tied: TiedWeight | None
+    """The weight that the first and the last stage share, where this rank holds one of them."""
 
     @property
     def counted_parameters(self) -> list[nn.Parameter]:
         """Parameters that this rank counts in norms: all but the second copy of a tied one."""
-        return [p for n, p in self.parameters.items() if n != self.tied_copy or self.counts_tied]
+        left_out = None
+        if self.tied is not None and 0 not in self.stages:
+            left_out = self.tied.name
+        return [p for n, p in self.parameters.items() if n != left_out]
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Model:
     """Build on the meta device, parallelize, then make and fill only this rank's shards."""
     dtypes = torch_dtypes(config.precision)
-    num_stages = config.parallel.pp * config.pipeline.chunks if config.parallel.pp > 1 else 1
-    cuts = stage_layers(config.model.num_layers, num_stages)
-    held = stages_of_rank(mesh.rank("pp"), config.parallel.pp, num_stages // config.parallel.pp)
-    stages: dict[int, nn.Module] = {}
-    for index in held:
-        with torch.device("meta"):
-            stage = Transformer(config.model, layers=cuts[index]).to(dtypes.params)
-        parallelize(
+    if config.parallel.pp == 1:
+        stage = _stage(config, mesh, device, dtypes, range(config.model.num_layers), None)
+        executor: Executor = WholeModelExecutor(
             stage,
-            plan_for(stage),
-            mesh,
-            config=config.parallel,
+            num_microbatches=config.num_microbatches(mesh.world.size()),
             zero_stage=config.zero.stage,
-            dtypes=dtypes,
         )
-        stage.to_empty(device=device)
-        stage.tie_weights()
-        init_weights(stage, config.model, seed=config.training.seed)
-        stages[index] = stage
-    parameters = {
-        parameter_name(fqn, config.model): parameter
-        for stage in stages.values()
-        for fqn, parameter in stage.named_parameters()
+        parameters = dict(stage.named_parameters())
+        return Model(stages={0: stage}, executor=executor, parameters=parameters, tied=None)
+    plan = plan_pipeline(config, config.num_microbatches(mesh.world.size()))
+    store = WeightGradientStore()
+    stages: dict[int, nn.Module] = {
+        index: _stage(config, mesh, device, dtypes, plan.cuts[index], store)
+        for index in plan.schedule.stages_of(mesh.rank("pp"))
     }
-    separated = config.model.tie_embeddings and config.parallel.pp > 1
+    parameters, tied = _parameters(stages, config, plan.schedule)
     return Model(
         stages=stages,
-        executor=_executor(config, mesh, device, stages, num_stages, dtypes.compute),
+        executor=_pipeline_executor(config, mesh, device, stages, plan.schedule, store),
         parameters=parameters,
-        tied_copy="embed.weight" if separated and "embed.weight" in parameters else None,
-        counts_tied=mesh.rank("pp") == 0,
+        tied=tied,
     )
 
 
-def _executor(
+def _stage(
+    config: Config,
+    mesh: Mesh,
+    device: torch.device,
+    dtypes: Dtypes,
+    layers: range,
+    store: WeightGradientStore | None,
+) -> Transformer:
+    """Some layers of the model, this rank's shards filled."""
+    with torch.device("meta"):
+        stage = Transformer(config.model, layers=layers).to(dtypes.params)
+    parallelize(
+        stage,
+        plan_for(stage),
+        mesh,
+        config=config.parallel,
+        zero_stage=config.zero.stage,
+        dtypes=dtypes,
+        store=store,
+    )
+    stage.to_empty(device=device)
+    stage.tie_weights()
+    init_weights(stage, config.model, seed=config.training.seed)
+    return stage
+
+
+def _parameters(
+    stages: dict[int, nn.Module], config: Config, schedule: Schedule
+) -> tuple[dict[str, nn.Parameter], TiedWeight | None]:
+    """Stages' parameters by the whole model's names, each once; and the weight tied across stages.
+
+    Where both of its stages are here, the first one's parameter stands for it.
+    """
+    parameters: dict[str, nn.Parameter] = {}
+    tied: TiedWeight | None = None
+    for stage in stages.values():
+        for fqn, parameter in list(stage.named_parameters()):
+            name = parameter_name(fqn, config.model)
+            is_tied = config.model.tie_embeddings and name == parameter_name(
+                "head.weight", config.model
+            )
+            twin = None
+            if name in parameters:
+                assert is_tied, name
+                twin = share_memory(parameters[name], stage, fqn)
+            else:
+                parameters[name] = parameter
+            if is_tied:
+                tied = TiedWeight(
+                    name=name,
+                    parameter=parameters[name],
+                    twin=twin,
+                    first=schedule.placement[0],
+                    last=schedule.placement[-1],
+                )
+    return parameters, tied
+
+
+def _pipeline_executor(
     config: Config,
     mesh: Mesh,
     device: torch.device,
     stages: dict[int, nn.Module],
-    num_stages: int,
-    compute: torch.dtype,
-) -> Executor:
-    num_microbatches = config.num_microbatches(mesh.world.size())
-    if num_stages == 1:
-        return WholeModelExecutor(
-            stages[0], num_microbatches=num_microbatches, zero_stage=config.zero.stage
-        )
+    schedule: Schedule,
+    store: WeightGradientStore,
+) -> PipelineExecutor:
     batch, tp = config.training.microbatch_size, config.parallel.tp
+    compute = TORCH_DTYPES[config.precision.compute]
     return PipelineExecutor(
         stages,
-        num_stages=num_stages,
-        num_microbatches=num_microbatches,
-        schedule=config.pipeline.schedule,
+        schedule=schedule,
+        store=store,
+        zero_stage=config.zero.stage,
         group=mesh.group("pp"),
         device=device,
         tokens=torch.empty(batch, config.training.seq_len, dtype=torch.int64, device="meta"),
@@ -120,7 +167,7 @@ def _executor(
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def batch_source(

@@ -7,6 +7,7 @@ from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.parallel.zero.config import ZeroConfig
+from phalanx.train.bench_config import BenchConfig
 from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.optim.config import OptimConfig
@@ -229,22 +230,6 @@ class VerifyConfig:
 
 
 @dataclass(kw_only=True)
-class BenchConfig:
-    """`phalanx bench`."""
-
-    rounds: int = 5
-    """Times that each side runs, in turn."""
-    steps: int = 4
-    """Steps of one turn."""
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1 or self.steps < 1:
-            raise ValueError(
-                f"bench: rounds={self.rounds}, steps={self.steps}: both must be at least 1"
-            )
-
-
-@dataclass(kw_only=True)
 class Config:
     """A whole run."""
 
@@ -279,7 +264,14 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_tensor_parallel()
-        self._check_stages()
+        self.pipeline.check_stages(self.parallel.pp, self.model.num_layers)
+        if self.pipeline.post_validation:
+            if self.parallel.pp == 1:
+                raise ValueError(
+                    "pipeline.post_validation=true: parallel.pp=1 has no pipeline to wait for; "
+                    "set it to false, or parallel.pp to 2 or more"
+                )
+            self.optim.check_undoable()
         if self.training.eval_batches and not self.data.eval_fraction:
             raise ValueError(
                 f"training.eval_batches={self.training.eval_batches}: data.eval_fraction=0 holds "
@@ -304,15 +296,6 @@ class Config:
             if size % tp:
                 raise ValueError(f"parallel.tp={tp}: does not divide {key}={size}")
 
-    def _check_stages(self) -> None:
-        stages = self.parallel.pp * self.pipeline.chunks
-        if self.parallel.pp > 1 and stages > self.model.num_layers:
-            raise ValueError(
-                f"parallel.pp={self.parallel.pp} x {self.pipeline.chunks} stages per rank = "
-                f"{stages} pipeline stages, more than model.num_layers={self.model.num_layers}; "
-                "use fewer stages"
-            )
-
     def notes(self) -> list[str]:
         """Settings that do something else than their name says in this layout, or nothing."""
         notes = []
@@ -323,10 +306,9 @@ class Config:
                 f"optim.lr.warmup_steps={warmup}: with training.steps={steps} the learning rate "
                 f"{when} reaches its peak"
             )
-        pp, stage = self.parallel.pp, self.zero.stage
+        stage = self.zero.stage
         sharded = self.parallel.dp_shard != 1 or self.parallel.dp_replicate != 1
-        if pp == 1 and self.pipeline.schedule != PipelineConfig().schedule:
-            notes.append(f"pipeline.schedule={self.pipeline.schedule}: no effect at parallel.pp=1")
+        notes += self.pipeline.notes(self.parallel.pp, self.training.steps)
         if not sharded and stage != ZeroConfig().stage:
             notes.append(f"zero.stage={stage}: no effect with one data-parallel rank")
         if not sharded and self.precision.reduce is not PrecisionConfig().reduce:
@@ -334,12 +316,7 @@ class Config:
                 f"precision.reduce={self.precision.reduce.name}: no effect with one "
                 "data-parallel rank"
             )
-        if pp > 1 and sharded and stage == 2:
-            notes.append(
-                "zero.stage=2: in a pipeline, gradients are reduced once a step, after the last "
-                "microbatch, and held whole until then, as at stage 1"
-            )
-        held = stage < 2 or pp > 1 or self.parallel.dp_replicate != 1
+        held = stage < 2 or self.parallel.dp_replicate != 1
         if sharded and held and self.precision.reduce is Precision.bf16:
             notes.append(
                 "precision.reduce=bf16: gradients that wait for a step's last microbatch are also "
@@ -362,16 +339,5 @@ class Config:
                 f"training.microbatch_size={micro} = {dp * micro}"
             )
         count = size // (dp * micro)
-        pp = self.parallel.pp
-        if pp > 1 and self.pipeline.schedule == "interleaved" and count % pp:
-            raise ValueError(
-                f"pipeline.schedule=interleaved: {count} microbatches a rank do not divide by "
-                f"parallel.pp={pp}; change training.global_batch_size or microbatch_size"
-            )
-        if pp > 1 and self.pipeline.schedule == "1f1b" and count < pp:
-            raise ValueError(
-                f"pipeline.schedule=1f1b: {count} microbatches a rank, but at least "
-                f"parallel.pp={pp} are needed; raise training.global_batch_size, lower "
-                "training.microbatch_size, or use pipeline.schedule=gpipe"
-            )
+        self.pipeline.check_microbatches(self.parallel.pp, count)
         return count

@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from phalanx.train.model.config import ModelConfig
+from phalanx.train.stage_costs import layer_matmul_params
 
 DEVICE_PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     # Vendors' data sheets, dense (no sparsity), FLOP/s; the first pattern that is found counts.
@@ -52,11 +53,7 @@ class Peak:
 
 def matmul_params(config: ModelConfig) -> int:
     """Entries of the matrices that every token is multiplied with, the output head included."""
-    query = config.num_heads * config.size_of_head
-    key_value = config.kv_heads * config.size_of_head
-    attention = config.dim * (query + 2 * key_value) + query * config.dim
-    feedforward = 3 * config.dim * config.ffn_dim
-    return config.num_layers * (attention + feedforward) + config.vocab_size * config.dim
+    return config.num_layers * layer_matmul_params(config) + config.vocab_size * config.dim
 
 
 def num_params(config: ModelConfig) -> int:

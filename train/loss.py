@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phalanx.parallel.exact_sum import bins_of, total
 from phalanx.parallel.executor import LossFn
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.tensor.loss import cross_entropy_sum
@@ -33,9 +34,11 @@ def token_loss(mesh: Mesh, num_valid: int) -> LossFn:
 
 
 def world_sums(values: list[float | Tensor], mesh: Mesh) -> list[float]:
-    """Each value summed over every rank, in fp64; collective, one all-reduce, one wait."""
-    sums = torch.stack(
-        [torch.as_tensor(v, dtype=torch.float64, device=mesh.device_type) for v in values]
-    )
-    dist.all_reduce(sums)
-    return [float(value) for value in sums.tolist()]
+    """Each value, or all elements of it, summed over every rank; one all-reduce, one wait.
+
+    Collective. Exact up to one rounding of each sum to fp64, so that it does not depend on which
+    ranks hold what.
+    """
+    bins = torch.stack([bins_of(torch.as_tensor(v, device=mesh.device_type)) for v in values])
+    dist.all_reduce(bins)
+    return [total(row) for row in bins.cpu()]

@@ -41,6 +41,8 @@ class StepRecord:
     """Wall-clock time of the whole step."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """Seconds by part, as StepTimer.take gives them; NaN = not measurable on this device."""
+    pipeline: Mapping[str, float] = field(default_factory=dict)
+    """Figures of PipelineWatch.measured; empty = no prediction yet."""
 
 
 class MetricsLog:
@@ -70,7 +72,8 @@ class MetricsLog:
         self.last_step = step
 
     def write_step(self, record: StepRecord) -> None:
-        """Append a step's record, with its parts as `data_s`, `forward_backward_s`, ..."""
+        """Append a step's record, with its parts as `data_s`, `forward_backward_s`, ..., and the
+        pipeline's figures as `pipeline_step_s_measured`, ..."""
         self.write(
             record.step,
             {
@@ -80,6 +83,7 @@ class MetricsLog:
                 "tokens": record.tokens,
                 "seconds": record.seconds,
                 **{f"{part}_s": seconds for part, seconds in record.parts.items()},
+                **{f"pipeline_{name}": value for name, value in record.pipeline.items()},
             },
         )
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import psutil
 import torch
 
@@ -108,6 +109,11 @@ class RunReport:
             self._board.sample(done - 1, text)
         if self._progress is not None:
             self._progress.sample(done, text)
+
+    def image(self, tag: str, step: int, pixels: np.ndarray) -> None:
+        """Log a picture of a step, (height, width, 3) of uint8, to TensorBoard."""
+        if self._board is not None:
+            self._board.image(tag, step, pixels)
 
     def evaluated(self, step: int) -> bool:
         """Whether this rank has a line of the evaluation after `step`, from this run or before."""

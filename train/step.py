@@ -1,8 +1,7 @@
 """One optimizer step of one rank, in its parts: gradients, norm, update."""
 
-import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,34 +10,28 @@ from torch import Tensor
 from phalanx.parallel.executor import Inputs
 from phalanx.parallel.grad_norm import (
     clip_gradients,
-    local_square_norm,
+    local_squares,
     nonfinite,
     settle_partial,
 )
 from phalanx.parallel.mesh import Mesh
-from phalanx.parallel.pipeline.tied import sync_tied_gradient
+from phalanx.parallel.pipeline.runtime import PipelineExecutor
 from phalanx.parallel.zero.shard import free_gathered
 from phalanx.train.build import Model, build_model
 from phalanx.train.config import Config
 from phalanx.train.data.source import Batch
+from phalanx.train.gradients import Gradients
 from phalanx.train.loss import global_valid_tokens, token_loss, world_sums
 from phalanx.train.optim.adamw import AdamW
-
-
-class Gradients(NamedTuple):
-    """What a backward pass says of the step, the same on every rank."""
-
-    loss: float
-    norm: float
-    """Before clipping."""
-    num_tokens: int
-    """Learned tokens over all ranks."""
-    stop: bool
-    """Some rank was asked to stop."""
+from phalanx.train.post_validation import Action, PostValidation
 
 
 class Engine:
-    """This rank's model and optimizer."""
+    """This rank's model and optimizer.
+
+    A step is `gradients`, then `update`. With pipeline.post_validation it is settled only during
+    the next `gradients`, or when something asks for it: see `settle`.
+    """
 
     def __init__(self, config: Config, mesh: Mesh, device: torch.device) -> None:
         self.config = config
@@ -46,37 +39,88 @@ class Engine:
         self.device = device
         self.model: Model = build_model(config, mesh, device)
         self.optimizer = AdamW(self.model.parameters, config.optim)
+        self._settled: list[Gradients] = []
+        self._post: PostValidation | None = None
+        if config.pipeline.post_validation and config.parallel.pp > 1:
+            executor = self.model.executor
+            assert isinstance(executor, PipelineExecutor)
+            executor.before_backward = self.settle
+            self._post = PostValidation(
+                mesh,
+                self.optimizer,
+                self.model.parameters,
+                max_norm=config.optim.max_grad_norm,
+                timeout=timedelta(seconds=config.launch.timeout_s),
+            )
 
     def gradients(self, batch: Batch, *, stop: bool = False) -> Gradients:
         """Compute this step's gradients over all ranks; collective.
 
         `stop` says that this rank was asked to end the run; the answer tells every rank so.
 
+        With pipeline.post_validation the answer is over the pipeline ranks up to this one, no
+        collective spans the pipeline, and the step before is settled on the way.
+
         Raises:
-            FloatingPointError: the loss or a gradient is not finite; names the parameters.
+            FloatingPointError: the loss or a gradient is not finite (with pipeline.post_validation:
+                was not, in the step before); names the parameters.
         """
         num_valid = global_valid_tokens(batch.num_valid, self.mesh)
         loss_fn = token_loss(self.mesh, num_valid)
         local_loss = self.model.executor.backward(self._inputs(batch), loss_fn)
         settle_partial(self.model.parameters.values())
-        if self.model.tied_copy is not None:
-            sync_tied_gradient(self.model.parameters[self.model.tied_copy], self.mesh)
-        square = local_square_norm(self.model.counted_parameters, self.device)
-        loss, square_norm, stops = world_sums([self._once(local_loss), square, stop], self.mesh)
-        norm = math.sqrt(square_norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(self._blame(loss, norm))
-        return Gradients(loss, norm, num_valid, stops > 0)
+        if self.model.tied is not None:
+            self.model.tied.sync_gradient(self.mesh)
+        squares = local_squares(self.model.counted_parameters, self.device)
+        values: list[float | Tensor] = [self._once(local_loss), squares, stop]
+        if self._post is not None:
+            assert not self._post.pending, "the executor did not check the step before"
+            return self._post.prefix(values, num_valid)
+        gradients = Gradients.of(world_sums(values, self.mesh), num_valid)
+        if not gradients.finite:
+            raise FloatingPointError(self._blame(gradients))
+        return gradients
 
     def update(self, gradients: Gradients, lr: float) -> None:
-        """Clip the gradients and step the optimizer."""
+        """Clip the gradients and step the optimizer; post-validation may take it back later."""
+        if self._post is not None:
+            self._post.step(gradients, lr)
+            return
         limit = self.config.optim.max_grad_norm
         if limit > 0:
             clip_gradients(self.model.parameters.values(), gradients.norm, limit)
         self.optimizer.step(lr)
+        self._settled.append(gradients)
+
+    def settle(self) -> bool:
+        """Make the last `update` final, where it is not yet; every pipeline rank must come here.
+
+        Whatever reads parameters or optimizer states calls it first.
+
+        Returns:
+            Whether parameters changed on some pipeline rank, the same answer on every rank.
+
+        Raises:
+            FloatingPointError: the step's loss or a gradient was not finite; names the parameters.
+                They and the optimizer's states are those before the step.
+        """
+        if self._post is None or not self._post.pending:
+            return False
+        gradients, action = self._post.check()
+        if action is Action.skip:
+            raise FloatingPointError(self._blame(gradients))
+        self._settled.append(gradients)
+        # The first pipeline rank never clips on its own, so at least its parameters changed.
+        return action is Action.clipped
+
+    def take_settled(self) -> list[Gradients]:
+        """Steps that became final since the last call, in order."""
+        settled, self._settled = self._settled, []
+        return settled
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Mean loss a learned token over the batches; collective, the same on every rank."""
+        self.settle()
         for module in self.model.stages.values():
             module.eval()
         total, tokens = 0.0, 0
@@ -93,6 +137,7 @@ class Engine:
 
     def next_logits(self, tokens_BS: Tensor, lengths: list[int]) -> Tensor:
         """Logits after each row's first `lengths[row]` tokens, (B, V); the same on every rank."""
+        self.settle()
         for module in self.model.stages.values():
             module.eval()
         positions = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS).contiguous()
@@ -117,6 +162,7 @@ class Engine:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Parameters and optimizer states by name; views, not copies."""
+        self.settle()
         model = {f"model.{name}": p.detach() for name, p in self.model.parameters.items()}
         return model | self.optimizer.state_tensors()
 
@@ -135,7 +181,7 @@ class Engine:
         for module in self.model.stages.values():
             module.train()
 
-    def _blame(self, loss: float, norm: float) -> str:
+    def _blame(self, found: Gradients) -> str:
         """Name the parameters behind a loss or norm that is not finite; collective.
 
         Gradients behind a weight that is not finite are mostly lost too, so weights come first.
@@ -146,7 +192,7 @@ class Engine:
         dist.all_gather_object(everyone, mine)
         weights, gradients = (_few(set().union(*lists)) for lists in zip(*everyone, strict=True))
         return (
-            f"loss={loss}, gradient norm={norm}; "
+            f"loss={found.loss}, gradient norm={found.norm}; "
             f"weights not finite in: {weights}; gradients not finite in: {gradients}"
         )
 

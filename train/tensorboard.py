@@ -5,6 +5,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -33,7 +34,8 @@ def flat_hyperparameters(config: Any, prefix: str = "") -> dict[str, str | float
 
 
 class TensorBoardLog:
-    """Writes a run's curves and texts; tags stand in the groups train, eval, perf and time."""
+    """Writes a run's curves and texts; tags stand in the groups train, eval, perf, time and
+    pipeline."""
 
     def __init__(self, folder: Path, config: Config, *, first_step: int) -> None:
         """Go on at `first_step`: what earlier processes wrote of it and later steps is hidden."""
@@ -63,6 +65,7 @@ class TensorBoardLog:
             for part, seconds in record.parts.items()
             if seconds == seconds
         }
+        scalars |= {f"pipeline/{name}": value for name, value in record.pipeline.items()}
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, record.step)
 
@@ -74,6 +77,11 @@ class TensorBoardLog:
     def sample(self, step: int, text: str) -> None:
         """Add text that the model wrote."""
         self._writer.add_text("sample", f"```\n{text}\n```", step)
+        self._writer.flush()
+
+    def image(self, tag: str, step: int, pixels: np.ndarray) -> None:
+        """Add a picture, (height, width, 3) of uint8."""
+        self._writer.add_image(tag, pixels, step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:

@@ -2,7 +2,10 @@
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from phalanx.train.flops import flops_per_token
 from phalanx.train.loss import world_sums
 from phalanx.train.metrics import StepRecord, StepTimer
 from phalanx.train.optim.schedule import learning_rate
+from phalanx.train.pipeline_watch import PipelineWatch
 from phalanx.train.profile import ProfileWindow
 from phalanx.train.report import RunReport
 from phalanx.train.resume import KIND, changed_settings, check_continues, check_wanted
@@ -78,11 +82,23 @@ class Trainer:
         )
         self.comm = CommTimer(device_type=ranks.device_type)
         self.timer = StepTimer(ranks.device, comm=self.comm)
+        self.pipeline = PipelineWatch(
+            config,
+            self.engine.model.executor,
+            self.mesh,
+            report=self.report,
+            events=self.events,
+            run_dir=self.run_dir,
+        )
+        self.loss: float | None = None
+        """Of the last step that is final."""
+        self._open: deque[tuple[int, Callable[..., StepRecord]]] = deque()
+        """Steps done whose loss and norm are not known here yet (pipeline.post_validation)."""
         self.saved_step: int | None = self.first_step if self.first_step else None
 
     def run(self, stop: StopRequest) -> dict[str, Any]:
         """Step until the end or until somebody asks to stop; see `train`."""
-        steps, done, loss = self.config.training.steps, self.first_step, None
+        steps, done = self.config.training.steps, self.first_step
         self.events.record("run_started", step=done, world_size=self.ranks.world_size)
         batches = Prefetcher(self._source("train"), done, self.config.data.prefetch)
         window = ProfileWindow(
@@ -96,7 +112,7 @@ class Trainer:
                 while done < steps and stopped is None:
                     with self.timer("data"):
                         batch = next(batches)
-                    loss, stopping = self.step(done, batch, stop)
+                    stopping = self.step(done, batch, stop)
                     window.step()
                     done += 1
                     if done == self.first_step + 1:
@@ -108,7 +124,7 @@ class Trainer:
         finally:
             batches.close()
         self._finish(done, stopped)
-        return {"steps": done, "loss": loss, "stopped": stopped}
+        return {"steps": done, "loss": self.loss, "stopped": stopped}
 
     def close(self) -> None:
         """Complete a running save and put the logs on disk."""
@@ -118,36 +134,80 @@ class Trainer:
             self.report.close()
             self.events.close()
 
-    def step(self, step: int, batch: Batch, stop: StopRequest) -> tuple[float, bool]:
-        """One optimizer step; its loss, and whether to stop after it."""
-        with self.timer("forward_backward"):
-            try:
-                gradients = self.engine.gradients(batch, stop=stop.requested)
-            except FloatingPointError as error:
-                self.events.record("not_finite", durable=True, step=step, reason=str(error))
-                raise FloatingPointError(f"step {step}: {error}") from None
+    def step(self, step: int, batch: Batch, stop: StopRequest) -> bool:
+        """One optimizer step; whether to stop after it.
+
+        With pipeline.post_validation its loss, its line in the logs, and a request to stop become
+        known during the next step, or at once where something is due after it.
+        """
         lr = learning_rate(self.config.optim.lr, step, self.config.training.steps)
-        with self.timer("optimizer"):
+        with self._named_errors(step), self.timer("forward_backward"):
+            gradients = self.engine.gradients(batch, stop=stop.requested)
+        stopping = self._log_settled()
+        with self._named_errors(step), self.timer("optimizer"):
             self.engine.update(gradients, lr)
+            if self._something_is_due(step + 1):
+                self.engine.settle()
         seconds, parts = self.timer.take()
         training = self.config.training
-        self.report.step(
-            StepRecord(
-                step=step,
-                loss=gradients.loss,
-                grad_norm=gradients.norm,
-                lr=lr,
-                tokens=training.global_batch_size * training.seq_len,
-                seconds=seconds,
-                parts=parts,
-            )
+        tokens = training.global_batch_size * training.seq_len
+        record = partial(
+            StepRecord,
+            step=step,
+            lr=lr,
+            tokens=tokens,
+            seconds=seconds,
+            parts=parts,
+            pipeline=self.pipeline.measured(parts),
         )
+        self._open.append((step, record))
+        stopping |= self._log_settled()
+        if self.pipeline.after_step(step):
+            self.timer.restart()
         if self._save_is_due(step + 1):
             # After its line is on disk: no resume finds a checkpoint whose steps were not logged.
             # The seconds are charged to the next line.
             with self.timer("checkpoint"):
                 self._save(step + 1)
-        return gradients.loss, gradients.stop
+        return stopping
+
+    def settle(self) -> None:
+        """Make every step done so far final, and log it; all ranks together."""
+        if self._open:
+            with self._named_errors(self._open[-1][0]):
+                self.engine.settle()
+        self._log_settled()
+
+    def _log_settled(self) -> bool:
+        """Log the steps that became final, each once and in order; whether one says to stop."""
+        stopping = False
+        for gradients in self.engine.take_settled():
+            _, record = self._open.popleft()
+            self.report.step(record(loss=gradients.loss, grad_norm=gradients.norm))
+            self.loss = gradients.loss
+            stopping |= gradients.stop
+        return stopping
+
+    @contextmanager
+    def _named_errors(self, step: int) -> Iterator[None]:
+        """Say of a number that is not finite which step computed it: the oldest not yet final."""
+        try:
+            yield
+        except FloatingPointError as error:
+            if self._open:
+                step = self._open[0][0]
+            self.events.record("not_finite", durable=True, step=step, reason=str(error))
+            raise FloatingPointError(f"step {step}: {error}") from None
+
+    def _something_is_due(self, done: int) -> bool:
+        """Whether parameters are read after `done` steps, before the next one."""
+        return (
+            done == self.config.training.steps
+            or self._save_is_due(done)
+            or self._evaluation_is_due(done)
+            or self._sample_is_due(done)
+            or self.pipeline.is_due()
+        )
 
     def _save_is_due(self, done: int) -> bool:
         config = self.config.checkpoint
@@ -184,7 +244,8 @@ class Trainer:
             self._after_step(done)
 
     def _finish(self, done: int, stopped: str | None) -> None:
-        """Complete the last save, and say how the run ended."""
+        """Complete the last step and the last save, and say how the run ended."""
+        self.settle()
         if stopped and self.config.checkpoint.save_last:
             self._save(done)
         self.checkpoints.wait()

@@ -1,124 +1,263 @@
-"""Pipeline stages run by torch's schedules.
+"""Pipeline stages run by a schedule: each rank takes its operations in order, one after the other.
 
 Stages and shapes are declared up front, so that no shape is ever negotiated between ranks. Losses
-are summed, never averaged. Under FSDP2 torch's runtime reduces gradients once, after a step's last
-microbatch, at every ZeRO stage.
+are summed, never averaged, in the microbatches' order; so are gradients, whatever the schedule.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-)
-from torch.distributed.pipelining.schedules import _PipelineSchedule
 
 from phalanx.parallel.executor import Inputs, LossFn
-
-_SCHEDULES: dict[str, Callable[..., _PipelineSchedule]] = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-}
+from phalanx.parallel.pipeline.channels import Channels
+from phalanx.parallel.pipeline.cut import forwards_before_backward
+from phalanx.parallel.pipeline.graph import Kind, Op, Schedule
+from phalanx.parallel.pipeline.traffic import needed_by, result_of, sent_by, traffic
+from phalanx.parallel.pipeline.wgrad import WeightGradientStore
+from phalanx.parallel.zero.deferred import (
+    after_weight_gradient,
+    before_input_gradient,
+    forget_forward,
+    prefetch_in_backward,
+)
+from phalanx.parallel.zero.shard import before_backward, free_gathered
 
 
 class PipelineExecutor:
     """The stages that one pipeline rank holds, under a schedule.
 
-    `boundary` is the shape and dtype of what passes between stages for one microbatch; `output`
-    that of the last stage's output (both as meta tensors); `group` the pipeline ranks.
+    `store` is the one that the stages' weight gradients go to; `group` the pipeline ranks. One
+    microbatch's tokens, what passes between stages and the last stage's output have the shapes and
+    dtypes of `tokens`, `boundary` and `output` (meta tensors).
     """
 
     def __init__(
         self,
         stages: dict[int, nn.Module],
         *,
-        num_stages: int,
-        num_microbatches: int,
-        schedule: str,
+        schedule: Schedule,
+        store: WeightGradientStore,
+        zero_stage: int,
         group: dist.ProcessGroup,
         device: torch.device,
         tokens: Tensor,
         boundary: Tensor,
         output: Tensor,
     ) -> None:
+        """Collective over `group`."""
+        self.rank = group.rank()
+        assert tuple(stages) == schedule.stages_of(self.rank), "stages of another placement"
         self.stages = stages
-        self.num_stages = num_stages
-        self.group = group
-        self.boundary = boundary
+        self.store = store
+        self.zero_stage = zero_stage
         self.device = device
-        self._loss_fn: LossFn | None = None
-        wrapped = [
-            PipelineStage(
-                module,
-                index,
-                num_stages,
-                device,
-                input_args=tokens if index == 0 else boundary,
-                output_args=output if index == num_stages - 1 else boundary,
-                group=group,
-            )
-            for index, module in stages.items()
-        ]
-        self._schedule = _SCHEDULES[schedule](
-            wrapped if schedule == "interleaved" else wrapped[0],
-            n_microbatches=num_microbatches,
-            loss_fn=self._loss,
-            scale_grads=False,
-        )
+        self.tokens, self.boundary, self.output = tokens, boundary, output
+        self.recorder: Callable[[Op], AbstractContextManager[None]] = _no_record
+        """Put around each operation's computing."""
+        self.before_backward: Callable[[], bool] | None = None
+        """Called once a step, after the forwards that `forwards_before_backward` counts and before
+        anything else. True: they are void, and the step begins anew. The same on every rank."""
+        self._channels = Channels(group, schedule.placement, device)
+        self._schedule = schedule
+        self._traffic = traffic(schedule.placement, schedule.orders, self.rank)
+        self._cut: tuple[int, ...] | None = None
+        for module in stages.values():
+            prefetch_in_backward(module)
+
+    @property
+    def schedule(self) -> Schedule:
+        """What `backward` runs; between steps it may be replaced by another order of the same."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        before = self._schedule
+        assert schedule.placement == before.placement, "stages cannot move"
+        assert schedule.num_microbatches == before.num_microbatches
+        self._schedule = schedule
+        self._traffic = traffic(schedule.placement, schedule.orders, self.rank)
+        self._cut = None
+
+    @property
+    def forwards_before_backward(self) -> tuple[int, ...]:
+        """By rank, the operations that come before `before_backward` is called."""
+        if self._cut is None:
+            self._cut = forwards_before_backward(self._schedule)
+        return self._cut
 
     def backward(self, inputs: Inputs, loss_fn: LossFn) -> Tensor:
         """See `Executor.backward`."""
-        self._loss_fn = loss_fn
-        losses: list[Tensor] = []
-        args = (inputs.tokens_BS,) if 0 in self.stages else ()
-        self._schedule.step(
-            *args,
-            target=inputs.target_BS if self.num_stages - 1 in self.stages else None,
-            losses=losses,
-            return_outputs=False,
-            **inputs.extra,  # type: ignore[arg-type]
-        )
-        self._loss_fn = None
-        if not losses:
-            return torch.zeros((), device=self.device)
-        return torch.stack([loss.detach() for loss in losses]).sum()
+        parts = inputs.split(self._schedule.num_microbatches)
+        assert parts[0].tokens_BS.shape == self.tokens.shape, "another microbatch size"
+        self._channels.begin(self._traffic, self.boundary)
+        if self.before_backward is not None:
+            end = self.forwards_before_backward[self.rank]
+            attempt = _Step(self, parts, loss_fn)
+            attempt.run(0, end)
+            if self.before_backward():
+                del attempt
+                self._restart()
+                end = 0
+                attempt = _Step(self, parts, loss_fn)
+            step, begin = attempt, end
+        else:
+            step, begin = _Step(self, parts, loss_fn), 0
+        step.run(begin, len(self._schedule.orders[self.rank]))
+        self._channels.end()
+        return step.loss()
 
     @torch.no_grad()
     def forward(self, inputs: Inputs, num_microbatches: int) -> Iterator[tuple[Inputs, Tensor]]:
         """See `Executor.forward`. Microbatches follow each other through the stages."""
-        sends: list[dist.Work] = []
-        kept: list[Tensor] = []
-        for part in inputs.split(num_microbatches):
-            for index, module in self.stages.items():
-                x = part.tokens_BS if index == 0 else self._receive(part, index - 1)
-                x = module(x, **part.extra)
-                if index == self.num_stages - 1:
-                    yield part, x
-                    continue
-                work = dist.isend(
-                    x.contiguous(), group=self.group, group_dst=self._owner(index + 1)
-                )
-                assert work is not None
-                sends.append(work)
-                kept.append(x)
-        for work in sends:
-            work.wait()
+        parts = inputs.split(num_microbatches)
+        placement = self._schedule.placement
+        orders = _forward_orders(placement, num_microbatches)
+        boundary = self.boundary.new_empty(
+            (parts[0].tokens_BS.shape[0], *self.boundary.shape[1:]), requires_grad=False
+        )
+        self._channels.begin(traffic(placement, orders, self.rank), boundary)
+        for place, op in enumerate(orders[self.rank]):
+            self._channels.advance(place)
+            part = parts[op.microbatch]
+            message = needed_by(op, len(placement))
+            x = part.tokens_BS if message is None else self._channels.receive(message)
+            y = self.stages[op.stage](x, **part.extra)
+            result = result_of(op, len(placement))
+            if result is None:
+                yield part, y
+            else:
+                self._channels.send(result, y)
+        self._channels.end()
 
-    def _receive(self, part: Inputs, sender: int) -> Tensor:
-        shape = (part.tokens_BS.shape[0], *self.boundary.shape[1:])
-        x = torch.empty(shape, dtype=self.boundary.dtype, device=self.device)
-        dist.recv(x, group=self.group, group_src=self._owner(sender))
-        return x
+    def _restart(self) -> None:
+        """Discard the forwards so far, here and on their way."""
+        void: dict[int, int] = {}
+        for sender, order in enumerate(self._schedule.orders):
+            sent = sent_by(order[: self.forwards_before_backward[sender]], self._schedule.placement)
+            void[sender] = sum(self._schedule.placement[m.stage] == self.rank for m in sent)
+        self._channels.restart(void)
+        # Parameters may have changed since they were gathered.
+        free_gathered(list(self.stages.values()))
 
-    def _owner(self, stage: int) -> int:
-        return stage % self.group.size()
 
-    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
-        assert self._loss_fn is not None
-        return self._loss_fn(output, target)
+class _Step:
+    """One step's operations on one rank, and what they keep for each other."""
+
+    def __init__(self, executor: PipelineExecutor, parts: list[Inputs], loss_fn: LossFn) -> None:
+        self.executor = executor
+        self.channels = executor._channels
+        self.order = executor.schedule.orders[executor.rank]
+        self.num_stages = executor.schedule.num_stages
+        self.parts = parts
+        self.loss_fn = loss_fn
+        self.losses: dict[int, Tensor] = {}
+        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """Input and output, or loss, by stage and microbatch, from F to B."""
+        self.deferred: dict[tuple[int, int], Callable[[], None]] = {}
+        """Weight gradients to compute, from B to W."""
+
+    def run(self, begin: int, end: int) -> None:
+        """Run the operations from place `begin` up to `end`."""
+        for place in range(begin, end):
+            self.channels.advance(place)
+            op = self.order[place]
+            if op.kind is Kind.F:
+                self._forward(op)
+            elif op.kind is Kind.W:
+                self._weight_gradient(op)
+            else:
+                self._backward(op)
+
+    def loss(self) -> Tensor:
+        """Sum of the microbatches' losses, 0 where there is no head."""
+        assert not self.kept, "forwards without a backward"
+        assert not self.deferred, "weight gradients that were never computed"
+        if not self.losses:
+            return torch.zeros((), device=self.executor.device)
+        return torch.stack([self.losses[i] for i in range(len(self.parts))]).sum()
+
+    def _forward(self, op: Op) -> None:
+        module, part = self.executor.stages[op.stage], self.parts[op.microbatch]
+        x = self._receive(op)
+        if x is None:
+            x = part.tokens_BS
+        else:
+            x.requires_grad_()
+        with self.executor.recorder(op):
+            y = module(x, **part.extra)
+            if op.stage == self.num_stages - 1:
+                self._check(y, self.executor.output, op)
+                y = self.loss_fn(y, part.target_BS)
+                self.losses[op.microbatch] = y.detach()
+        forget_forward(module)
+        self.kept[op.stage, op.microbatch] = x, y
+        self._send(op, y)
+
+    def _backward(self, op: Op) -> None:
+        executor, module = self.executor, self.executor.stages[op.stage]
+        x, y = self.kept.pop((op.stage, op.microbatch))
+        grad = self._receive(op)
+        with executor.recorder(op):
+            if op.kind is Kind.B:
+                before_input_gradient(module, stage=executor.zero_stage)
+                with executor.store.deferring():
+                    torch.autograd.backward(y, grad)
+                self.deferred[op.stage, op.microbatch] = executor.store.take()
+            else:
+                before_backward(module, stage=executor.zero_stage, last=self._is_last(op))
+                torch.autograd.backward(y, grad)
+        self._send(op, x.grad)
+
+    def _weight_gradient(self, op: Op) -> None:
+        executor = self.executor
+        with executor.recorder(op):
+            self.deferred.pop((op.stage, op.microbatch))()
+            after_weight_gradient(
+                executor.stages[op.stage], stage=executor.zero_stage, last=self._is_last(op)
+            )
+
+    def _is_last(self, op: Op) -> bool:
+        """Whether an operation is the last of its kind on its stage; all take microbatches in
+        order."""
+        return op.microbatch == len(self.parts) - 1
+
+    def _receive(self, op: Op) -> Tensor | None:
+        message = needed_by(op, self.num_stages)
+        return None if message is None else self.channels.receive(message)
+
+    def _send(self, op: Op, tensor: Tensor | None) -> None:
+        message = result_of(op, self.num_stages)
+        if message is None:
+            return
+        assert tensor is not None, f"{op}: the output does not depend on the input"
+        self._check(tensor, self.executor.boundary, op)
+        self.channels.send(message, tensor)
+
+    def _check(self, tensor: Tensor, like: Tensor, op: Op) -> None:
+        found, wanted = (tensor.shape, tensor.dtype), (like.shape, like.dtype)
+        assert found == wanted, f"{op}: {found} instead of {wanted}"
+
+
+def _forward_orders(placement: tuple[int, ...], num_microbatches: int) -> list[list[Op]]:
+    """Orders of forwards alone, every rank with one operation a time slot but for ties.
+
+    All ranks keep to one order of all operations, in which none comes before what it needs.
+    """
+    num_ranks = max(placement) + 1
+    chunks = -(-len(placement) // num_ranks)
+    ops = sorted(
+        (
+            Op(stage, Kind.F, microbatch)
+            for stage in range(len(placement))
+            for microbatch in range(num_microbatches)
+        ),
+        key=lambda op: (op.stage + chunks * op.microbatch, op.stage),
+    )
+    return [[op for op in ops if placement[op.stage] == rank] for rank in range(num_ranks)]
+
+
+def _no_record(op: Op) -> AbstractContextManager[None]:
+    return nullcontext()

@@ -122,7 +122,7 @@ def steady_time(schedule: Schedule, costs: Costs, *, steps: int = 6) -> float:
     """Time that one more step adds to a long chain of steps without a barrier between them."""
     timeline = simulate(schedule, costs, steps=steps)
     ends = [
-        max(end[len(order) * step - 1] for end, order in zip(timeline.end, schedule.orders))  # noqa: B905
+        max(end[len(end) // steps * step - 1] for end in timeline.end)
         for step in range(1, steps + 1)
     ]
     return (ends[-1] - ends[steps // 2 - 1]) / (steps - steps // 2)

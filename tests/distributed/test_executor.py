@@ -32,6 +32,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp tp": {"pp": 2, "tp": 2},
     "pp": {"pp": 4, "tied": True},
     "interleaved": {"pp": 2, "dp_shard": 2, "schedule": "interleaved"},
+    "zb_v": {"pp": 2, "dp_shard": 2, "schedule": "zb_v", "tied": True},
+    "v_half tp": {"pp": 2, "tp": 2, "schedule": "v_half"},
     "interleaved tp": {"pp": 2, "tp": 2, "schedule": "interleaved"},
 }
 LENGTHS = [1, 16, 7]

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.grad_norm import (
     clip_gradients,
-    local_square_norm,
+    local_squares,
     nonfinite,
     settle_partial,
 )
@@ -59,8 +59,8 @@ def relative_errors(ranks: Ranks, tied: bool, reference: dict[str, Tensor], norm
             gradients = engine.gradients(rank_batch(engine))
             parameters = engine.model.parameters
             clip_gradients(parameters.values(), gradients.norm, SHARE * norm)
-            square = local_square_norm(engine.model.counted_parameters, engine.device)
-            clipped_norm = world_sums([square], engine.mesh)[0] ** 0.5
+            squares = local_squares(engine.model.counted_parameters, engine.device)
+            clipped_norm = world_sums([squares], engine.mesh)[0] ** 0.5
             worst = max(
                 float((whole(p.grad) - SHARE * reference[n]).norm()) / (SHARE * norm)
                 for n, p in parameters.items()
@@ -106,7 +106,7 @@ def counted_once(ranks: Ranks) -> dict[str, float]:
         mesh = build_mesh(config, world_size=2, device_type="cpu")
 
         def square(parameter: nn.Parameter) -> float:
-            share = local_square_norm([parameter], torch.device("cpu"))
+            share = local_squares([parameter], torch.device("cpu"))
             assert share.dtype == torch.float64
             return world_sums([share], mesh)[0]
 

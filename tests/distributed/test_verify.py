@@ -7,6 +7,7 @@ import pytest
 from phalanx.launch.start import launch
 from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
+from phalanx.parallel.pipeline.schedules.registry import GENERATORS
 from phalanx.parallel.zero.config import ZeroConfig
 from phalanx.train.config import (
     Config,
@@ -34,7 +35,8 @@ MODEL = ModelConfig(
     attention_bias=True,
 )
 FULL, SELECTIVE = ActivationCheckpoint.full, ActivationCheckpoint.selective
-INTERLEAVED = {"schedule": "interleaved"}
+INTERLEAVED, ZB_H1, ZB_V = ({"schedule": name} for name in ("interleaved", "zb_h1", "zb_v"))
+V_HALF, DUALPIPE_V = ({"schedule": name} for name in ("v_half", "dualpipe_v"))
 
 
 def run(
@@ -43,6 +45,7 @@ def run(
     pipeline: dict[str, str] | None = None,
     stage: int = 3,
     tied: bool = False,
+    num_layers: int = MODEL.num_layers,
     microbatch: int = 2,
     resume_in: dict[str, int] | None = None,
     dtype: Precision = Precision.fp64,
@@ -52,7 +55,7 @@ def run(
     """Verify one layout of the small model on the test corpus."""
     layout = ParallelConfig(**{"dp_shard": 1, **parallel})  # type: ignore[arg-type]
     config = Config(
-        model=replace(MODEL, tie_embeddings=tied),
+        model=replace(MODEL, tie_embeddings=tied, num_layers=num_layers),
         data=data,
         parallel=layout,
         pipeline=PipelineConfig(**(pipeline or {})),
@@ -71,6 +74,8 @@ LAYOUTS = {
     "pp": {"pp": 2},
     "pp gpipe": {"pp": 2, "pipeline": {"schedule": "gpipe"}},
     "pp interleaved": {"pp": 2, "pipeline": INTERLEAVED},
+    "pp zb_h1": {"pp": 2, "pipeline": ZB_H1},
+    "pp dualpipe_v": {"pp": 2, "pipeline": DUALPIPE_V},
     "tp dp": {"tp": 2, "dp_shard": 2},
     "pp tp": {"pp": 2, "tp": 2},
     "pp dp tp": {"pp": 2, "dp_shard": 2, "tp": 2},
@@ -87,6 +92,10 @@ LAYOUTS = {
     "tied dp": {"dp_shard": 2, "tied": True},
     "tied tp": {"tp": 2, "dp_shard": 2, "tied": True},
     "tied pp": {"pp": 2, "dp_shard": 2, "tied": True},
+    "tied zb_v": {"pp": 2, "dp_shard": 2, "tied": True, "pipeline": ZB_V},
+    "v_half tp": {"pp": 2, "tp": 2, "pipeline": V_HALF, "activation_checkpoint": FULL},
+    "zb_h1 zero 1": {"pp": 2, "dp_shard": 2, "stage": 1, "pipeline": ZB_H1},
+    "zb_v hsdp": {"pp": 2, "dp_replicate": 2, "stage": 2, "pipeline": ZB_V},
     "all": {
         "pp": 2,
         "dp_shard": 2,
@@ -102,6 +111,35 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layout_equals_one_process(demo_data: DataConfig, layout: dict[str, object]) -> None:
     report = run(demo_data, **layout)  # type: ignore[arg-type]
+    assert report.passed, report.table()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {},
+        *({"dp_shard": 2, "stage": stage} for stage in (1, 2, 3)),
+        {"tp": 2},
+        {"activation_checkpoint": FULL},
+        {"tied": True},
+        {"compile": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("schedule", GENERATORS)
+def test_every_schedule_equals_one_process(
+    demo_data: DataConfig, schedule: str, beside: dict[str, object], pp: int
+) -> None:
+    report = run(
+        demo_data,
+        pp=pp,
+        num_layers=8,
+        microbatch=1,
+        pipeline={"schedule": schedule},
+        **beside,  # type: ignore[arg-type]
+    )
     assert report.passed, report.table()
 
 

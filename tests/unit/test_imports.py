@@ -16,6 +16,7 @@ TORCH_FREE = [
     "phalanx.train.config",
     "phalanx.train.data.config",
     "phalanx.train.resume",
+    "phalanx.train.pipeline_plan",
     "phalanx.launch.cli",
     "phalanx.launch.compose",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from phalanx.train.optim.config import OptimConfig
+from phalanx.train.optim.rollback import undo_adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -22,6 +23,7 @@ class AdamW:
     """
 
     def __init__(self, named_parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
+        self._config = config
         self._parameters = dict(named_parameters)
         self._shards = {name: nn.Parameter(_local(p)) for name, p in self._parameters.items()}
         decayed = [s for n, s in self._shards.items() if self._parameters[n].dim() >= 2]
@@ -41,20 +43,53 @@ class AdamW:
             }
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Update every parameter that has a gradient, then drop the gradients."""
+    def step(self, lr: float, *, keep_gradients: bool = False) -> None:
+        """Update every parameter that has a gradient, then drop the gradients.
+
+        `keep_gradients`: leave them in place, so that `rollback` can take the step back.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        self._attach()
+        self._optimizer.step()
+        for shard in self._shards.values():
+            shard.grad = None
+        if not keep_gradients:
+            self.drop_gradients()
+
+    @torch.no_grad()
+    def rollback(self, lr: float) -> None:
+        """Take the last step back, in place and up to rounding (see `undo_adamw`).
+
+        Its gradients must be there still, and `lr` be its learning rate.
+        """
+        self._attach()
+        for group in self._optimizer.param_groups:
+            for shard in group["params"]:
+                if shard.grad is not None:
+                    undo_adamw(
+                        shard.data,
+                        shard.grad,
+                        self._optimizer.state[shard],
+                        self._config,
+                        lr=lr,
+                        weight_decay=group["weight_decay"],
+                    )
+                shard.grad = None
+
+    def drop_gradients(self) -> None:
+        """Free every parameter's gradient."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def _attach(self) -> None:
+        """Let the optimizer's view of each parameter see its data and gradient of now."""
         for name, shard in self._shards.items():
             parameter = self._parameters[name]
             grad = parameter.grad
             # FSDP2 may move an unevenly cut shard to padded memory when it first runs.
             shard.data = _local(parameter)
             shard.grad = None if grad is None else _local(grad)
-        self._optimizer.step()
-        for name, shard in self._shards.items():
-            shard.grad = None
-            self._parameters[name].grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts by name, laid out as the parameters are; views, not copies."""

@@ -62,3 +62,22 @@ class OptimConfig:
         for name in ("eps", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"optim.{name}={getattr(self, name)}: must be 0 or more")
+
+    def check_undoable(self) -> None:
+        """Whether a step can be taken back, as pipeline.post_validation needs it.
+
+        Raises:
+            ValueError: a step with these settings forgets what was before.
+        """
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) == 0:
+                raise ValueError(
+                    f"optim.{name}=0: with pipeline.post_validation a step may have to be taken "
+                    "back, which divides by it; use a value above 0, or post_validation=false"
+                )
+        if self.lr.peak * self.weight_decay >= 1:
+            raise ValueError(
+                f"optim.weight_decay={self.weight_decay}: with optim.lr.peak={self.lr.peak} a step "
+                "leaves nothing of a weight, and pipeline.post_validation cannot take it back; "
+                "their product must be below 1"
+            )

@@ -10,7 +10,7 @@ import json
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,15 +54,17 @@ def record(ranks: Ranks, config: Config, folder: Path, *, first: int, save_at: i
         if first:
             checkpoints.load(first, engine.state_tensors())
         _write(_parameters(engine), engine, folder, first - 1)
-        steps: list[dict[str, Any]] = []
+        recorder = _Recorder(engine, folder)
         for step in range(first, config.verify.steps):
             batch = source.batch(swapped(step) if defect is Injection.reorder_batch else step)
-            steps.append(_step(engine, batch, step, folder))
+            recorder.step(batch, step)
             if step + 1 == save_at:
+                recorder.settle()
                 checkpoints.save(step + 1, engine.state_tensors(), describe(config, mesh, step + 1))
+        recorder.settle()
         checkpoints.close()
         if ranks.rank == 0:
-            (folder / "steps.json").write_text(json.dumps(steps))
+            (folder / "steps.json").write_text(json.dumps(recorder.steps))
 
 
 def read_step(folder: Path, step: int) -> tuple[dict[str, Tensor], list[str]]:
@@ -90,25 +92,60 @@ def read_step(folder: Path, step: int) -> tuple[dict[str, Tensor], list[str]]:
     return whole, list(differing)
 
 
-def _step(engine: Engine, batch: Batch, step: int, folder: Path) -> dict[str, Any]:
-    """One step like the trainer's, recorded."""
-    mesh, config = engine.mesh, engine.config
-    gradients = engine.gradients(batch)
-    parts = {
-        f"grad.{name}": _part(name, p.grad)
-        for name, p in engine.model.parameters.items()
-        if p.grad is not None
-    }
-    stale = StaleShard(engine.model, config.verify.inject, mesh)
-    engine.update(gradients, learning_rate(config.optim.lr, step, config.training.steps))
-    stale.restore()
-    _write(parts | _parameters(engine), engine, folder, step)
-    return {
-        "step": step,
-        "loss": gradients.loss,
-        "grad_norm": gradients.norm,
-        "samples": _samples(batch, engine),
-    }
+class _Open(NamedTuple):
+    """A step whose update is not final yet."""
+
+    step: int
+    samples: list[tuple[int, int]]
+    gradients: dict[str, Chunk | None]
+    stale: StaleShard
+
+
+class _Recorder:
+    """Steps like the trainer's, recorded. Under post-validation that, too, is the trainer's: a step
+    becomes final during the next one's gradients."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self._engine = engine
+        self._folder = folder
+        self._open: _Open | None = None
+
+    def step(self, batch: Batch, step: int) -> None:
+        """One step; collective."""
+        engine, config = self._engine, self._engine.config
+        gradients = engine.gradients(batch)
+        self._write_settled()
+        parts = {
+            f"grad.{name}": _part(name, p.grad)
+            for name, p in engine.model.parameters.items()
+            if p.grad is not None
+        }
+        stale = StaleShard(engine.model, config.verify.inject, engine.mesh)
+        self._open = _Open(step, _samples(batch, engine), parts, stale)
+        engine.update(gradients, learning_rate(config.optim.lr, step, config.training.steps))
+        self._write_settled()
+
+    def settle(self) -> None:
+        """Have every step so far final and on disk."""
+        self._engine.settle()
+        self._write_settled()
+
+    def _write_settled(self) -> None:
+        for gradients in self._engine.take_settled():
+            assert self._open is not None
+            step, samples, parts, stale = self._open
+            self._open = None
+            stale.restore()
+            _write(parts | _parameters(self._engine), self._engine, self._folder, step)
+            self.steps.append(
+                {
+                    "step": step,
+                    "loss": gradients.loss,
+                    "grad_norm": gradients.norm,
+                    "samples": samples,
+                }
+            )
 
 
 def _parameters(engine: Engine) -> dict[str, Chunk | None]:

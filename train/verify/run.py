@@ -9,6 +9,7 @@ from typing import Any
 from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
 from phalanx.train.config import Config, Injection, Precision, PrecisionConfig
 from phalanx.train.optim.config import LrConfig, LrSchedule
+from phalanx.train.pipeline_plan import check_pipeline
 from phalanx.train.verify.compare import Report, compare
 from phalanx.train.verify.record import record
 
@@ -33,7 +34,7 @@ def verify(config: Config, launch: Callable[..., list[Any]], *, world_size: int)
     reference = _in_layout(layout, dict.fromkeys(DEGREES, 1), alone=True)
     resumed = _in_layout(layout, _resume_degrees(config), alone=False)
     resumed_size = resumed.parallel.dp_shard * resumed.parallel.fixed_degree
-    resumed.num_microbatches(resumed_size)
+    check_pipeline(resumed, resumed.num_microbatches(resumed_size))
     tolerance = config.verify.tolerance
     if tolerance is None:
         tolerance = TOLERANCE[config.verify.dtype]
@@ -104,7 +105,15 @@ def _in_layout(config: Config, degrees: dict[str, int], *, alone: bool) -> Confi
         ),
         **given,
     )
-    return replace(config, parallel=parallel, verify=replace(config.verify, inject=Injection.none))
+    pipeline = config.pipeline
+    if parallel.pp == 1:
+        pipeline = replace(pipeline, post_validation=False)
+    return replace(
+        config,
+        parallel=parallel,
+        pipeline=pipeline,
+        verify=replace(config.verify, inject=Injection.none),
+    )
 
 
 def _resume_degrees(config: Config) -> dict[str, int]:

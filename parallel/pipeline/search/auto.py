@@ -1,0 +1,95 @@
+"""`auto`: the best schedule that the search finds for given costs within a memory limit.
+
+Many plans are squeezed under many rules; the best are plans for another round; local search has the
+last word. The objective is the longest time from a rank's first operation to its last, the papers'
+figure; ties go to the shorter makespan.
+"""
+
+from phalanx.parallel.pipeline.graph import Schedule, loop_placement, v_placement
+from phalanx.parallel.pipeline.search.problem import Problem
+from phalanx.parallel.pipeline.search.rounds import Search
+from phalanx.parallel.pipeline.simulate import Costs, Memory, report
+from phalanx.parallel.pipeline.validate import validate
+
+def best_order(
+    placement: tuple[int, ...],
+    *,
+    num_microbatches: int,
+    costs: Costs,
+    memory: Memory,
+    limit: float | None = None,
+    effort_s: float = 2.0,
+) -> Schedule:
+    """Best schedule for stages that lie where they lie, equal or not.
+
+    `costs` are in any unit, `memory` and `limit` (of each rank) in any other. `effort_s` is about
+    the seconds that it may take; they are counted in steps, so that the same input gives the same
+    schedule on every machine.
+
+    Raises:
+        ValueError: no schedule keeps within the limit.
+    """
+    least = least_memory(placement, num_microbatches=num_microbatches, memory=memory)
+    if limit is not None and limit < least * (1 - 1e-9):
+        raise ValueError(
+            f"memory limit {limit:g}: no schedule of this pipeline holds so little on every rank; "
+            f"the least that would do is {least:g}"
+        )
+    problem = Problem(placement, num_microbatches, costs, memory, limit)
+    schedule = problem.schedule("auto", Search(problem, effort_s).run())
+    validate(schedule, memory=memory, limit=limit)
+    return schedule
+
+
+def best_schedule(
+    *,
+    num_ranks: int,
+    num_microbatches: int,
+    f: float,
+    b: float,
+    w: float,
+    hop: float,
+    memory: tuple[float, float, float] = (2.0, -1.0, -1.0),
+    limit: float | None = None,
+) -> Schedule:
+    """Best schedule of equal stages: one a rank, or two in a V, of half the cost and memory each.
+
+    Raises:
+        ValueError: no schedule keeps within the limit.
+    """
+    found = []
+    for chunks, placement in ((1, loop_placement(num_ranks)), (2, v_placement(num_ranks))):
+        size = {"num_stages": len(placement), "chunks": chunks}
+        costs = Costs.uniform(f, b, w, hop, **size)
+        deltas = Memory.uniform(*memory, **size)
+        schedule = best_order(
+            placement,
+            num_microbatches=num_microbatches,
+            costs=costs,
+            memory=deltas,
+            limit=limit,
+            effort_s=0.8 * chunks,
+        )
+        result = report(schedule, costs, deltas)
+        key = (result.longest_stage, result.makespan, result.steady_time, result.peak_memory)
+        found.append((tuple(float(f"{x:.12g}") for x in key), chunks, schedule))
+    return min(found, key=lambda x: x[:2])[2]
+
+
+def least_memory(placement: tuple[int, ...], *, num_microbatches: int, memory: Memory) -> float:
+    """Smallest limit that any schedule can meet, in the memory's unit.
+
+    It is what one microbatch after another holds, each W right after its B.
+    """
+    least = 0.0
+    for rank in set(placement):
+        stages = [s for s in range(len(placement)) if placement[s] == rank]
+        held = 0.0
+        for _ in range(num_microbatches):
+            for change in (
+                *(memory.f[s] for s in stages),
+                *(x for s in reversed(stages) for x in (memory.b[s], memory.w[s])),
+            ):
+                held += change
+                least = max(least, held)
+    return least

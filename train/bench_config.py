@@ -1,0 +1,57 @@
+"""What a user may ask of `phalanx bench`."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class EmulatedPipelineConfig:
+    """`phalanx bench pipeline`: a pipeline whose operations sleep, apart from the run's layout."""
+
+    ranks: int = 8
+    """Pipeline ranks, all on this machine."""
+    microbatches: int = 32
+    """Microbatches of a step."""
+    costs: list[float] = field(default_factory=lambda: [18513.0, 18086.0, 9331.0])
+    """Time of F, B and W of one microbatch on a rank; only their ratios count. The default is
+    what Qi et al. measured on their 1.5B model."""
+    forward_ms: float = 24.0
+    """Milliseconds that a rank's F sleeps; B and W follow from costs. Short ones drown in what
+    the machine adds to each operation."""
+
+    def __post_init__(self) -> None:
+        if self.ranks < 2:
+            raise ValueError(f"bench.pipeline.ranks={self.ranks}: a pipeline needs at least 2")
+        if self.microbatches < 1:
+            raise ValueError(f"bench.pipeline.microbatches={self.microbatches}: must be at least 1")
+        if len(self.costs) != 3 or not all(0 < cost < float("inf") for cost in self.costs):
+            raise ValueError(
+                f"bench.pipeline.costs={self.costs}: give three positive numbers, [F, B, W]"
+            )
+        if not 0 < self.forward_ms < float("inf"):
+            raise ValueError(
+                f"bench.pipeline.forward_ms={self.forward_ms}: must be finite, above 0"
+            )
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """F, B and W of all that a rank holds, for one microbatch."""
+        f, b, w = (cost * self.forward_ms / self.costs[0] / 1000 for cost in self.costs)
+        return f, b, w
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """`phalanx bench`."""
+
+    rounds: int | None = None
+    """Times that each side runs, in turn; empty = 5, for pipeline 3."""
+    steps: int | None = None
+    """Steps of one turn; empty = 4, for pipeline 3. `startup` always takes one."""
+    pipeline: EmulatedPipelineConfig = field(default_factory=EmulatedPipelineConfig)
+    """The emulated pipeline."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"bench.{name}={value}: must be at least 1, or empty")
