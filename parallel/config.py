@@ -37,7 +37,9 @@ class ParallelConfig:
     """none: keep every activation. selective: keep attention and every second matmul, recompute
     the rest. full: keep a block's input only."""
     compile: bool = False
-    """torch.compile each transformer block (the first step then takes a minute or more)."""
+    """torch.compile each transformer block (the first step then takes a minute or more). Under a
+    zero-bubble schedule with tp > 1 or selective checkpointing, blocks compute their weight
+    gradients together with their input gradients: right, but nothing is gained by the split."""
 
     def __post_init__(self) -> None:
         for axis in ("pp", "dp_replicate", "cp", "tp", "ep"):

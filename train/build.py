@@ -72,8 +72,10 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> Model:
         return Model(stages={0: stage}, executor=executor, parameters=parameters, tied=None)
     plan = plan_pipeline(config, config.num_microbatches(mesh.world.size()))
     store = WeightGradientStore()
+    # Compiled code is cut into pieces for the store: only where a schedule gains by it.
+    whole = config.parallel.compile and not _may_split(config, plan.schedule)
     stages: dict[int, nn.Module] = {
-        index: _stage(config, mesh, device, dtypes, plan.cuts[index], store)
+        index: _stage(config, mesh, device, dtypes, plan.cuts[index], None if whole else store)
         for index in plan.schedule.stages_of(mesh.rank("pp"))
     }
     parameters, tied = _parameters(stages, config, plan.schedule)
@@ -83,6 +85,11 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> Model:
         parameters=parameters,
         tied=tied,
     )
+
+
+def _may_split(config: Config, schedule: Schedule) -> bool:
+    """Whether some step computes weight gradients apart from input gradients."""
+    return schedule.splits_backward or config.pipeline.schedule == "auto"
 
 
 def _stage(

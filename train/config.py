@@ -316,6 +316,11 @@ class Config:
                 f"precision.reduce={self.precision.reduce.name}: no effect with one "
                 "data-parallel rank"
             )
+        if self.pipeline.post_validation and self.model.tie_embeddings:
+            notes.append(
+                "pipeline.post_validation=true: with model.tie_embeddings=true the first and the "
+                "last pipeline rank still wait for each other at each step, for the tied gradient"
+            )
         held = stage < 2 or self.parallel.dp_replicate != 1
         if sharded and held and self.precision.reduce is Precision.bf16:
             notes.append(

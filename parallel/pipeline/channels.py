@@ -84,8 +84,11 @@ class Channels:
         tensor = tensor.contiguous()
         work = dist.isend(tensor, self._members[receiver], group=self._groups[self.rank, receiver])
         assert work is not None
-        for sent in [m for m, transfer in self._sending.items() if transfer.work.is_completed()]:
-            del self._sending[sent]
+        while self._sending:  # gloo does not say before it is waited for
+            oldest, transfer = next(iter(self._sending.items()))
+            if not transfer.work.is_completed():
+                break
+            del self._sending[oldest]
         self._sending[message] = _Transfer(tensor, work)
 
     def restart(self, void: dict[int, int]) -> None:

@@ -93,18 +93,13 @@ class PipelineExecutor:
         parts = inputs.split(self._schedule.num_microbatches)
         assert parts[0].tokens_BS.shape == self.tokens.shape, "another microbatch size"
         self._channels.begin(self._traffic, self.boundary)
+        step, begin = _Step(self, parts, loss_fn), 0
         if self.before_backward is not None:
-            end = self.forwards_before_backward[self.rank]
-            attempt = _Step(self, parts, loss_fn)
-            attempt.run(0, end)
+            begin = self.forwards_before_backward[self.rank]
+            step.run(0, begin)
             if self.before_backward():
-                del attempt
+                step, begin = _Step(self, parts, loss_fn), 0
                 self._restart()
-                end = 0
-                attempt = _Step(self, parts, loss_fn)
-            step, begin = attempt, end
-        else:
-            step, begin = _Step(self, parts, loss_fn), 0
         step.run(begin, len(self._schedule.orders[self.rank]))
         self._channels.end()
         return step.loss()

@@ -26,6 +26,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp dp": {"pp": 2, "dp_shard": 2, "stage": 1},
     "pp dp zero 3": {"pp": 2, "dp_shard": 2, "stage": 3, "schedule": "zb_v"},
     "pp tp": {"pp": 2, "tp": 2, "dp_shard": 1, "schedule": "interleaved"},
+    "v": {"pp": 4, "dp_shard": 1, "num_layers": 8, "schedule": "zb_v"},
     "v tied": {"pp": 2, "dp_shard": 2, "stage": 2, "tied": True, "schedule": "v_half"},
 }
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
@@ -125,7 +126,9 @@ def runs(
     scope="module",
     params=[
         pytest.param(["pp", "pp dp zero 3"], id="few"),
-        pytest.param(["pp tied", "pp dp", "pp tp", "v tied"], id="more", marks=pytest.mark.slow),
+        pytest.param(
+            ["pp tied", "pp dp", "pp tp", "v", "v tied"], id="more", marks=pytest.mark.slow
+        ),
     ],
 )
 def everyone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
@@ -210,10 +213,10 @@ def spoiled(ranks: Ranks) -> dict[str, tuple[str, float, int]]:
     relative to the largest of each, and the number of the step in which it was said."""
     found = {}
     with process_group(ranks):
-        for layout in ("pp", "pp dp zero 3"):
-            for place, victim in DEFECTS.items():
+        for layout, places in (("pp", tuple(DEFECTS)), ("pp dp zero 3", ("middle",))):
+            for place in places:
                 config = config_of(LAYOUTS[layout], 1e9, post=True)
-                found[f"{layout}: {place}"] = _spoil(make_engine(ranks, config), victim)
+                found[f"{layout}: {place}"] = _spoil(make_engine(ranks, config), DEFECTS[place])
     return found
 
 
@@ -242,7 +245,7 @@ def _spoil(engine: Engine, victim: str) -> tuple[str, float, int]:
 
 def test_a_bad_gradient_is_said_one_step_later(run_ranks: Callable[..., list[Any]]) -> None:
     everyone = run_ranks(spoiled, world_size=4)
-    assert len(everyone[0]) == 6
+    assert len(everyone[0]) == 4
     for case, (message, _, _) in everyone[0].items():
         victim = DEFECTS[case.split(": ")[1]]
         assert f"weights not finite in: none; gradients not finite in: {victim}" in message, case

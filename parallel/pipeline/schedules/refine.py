@@ -10,19 +10,23 @@ from phalanx.parallel.pipeline.graph import Kind, Op
 from phalanx.parallel.pipeline.schedules.reorder import Plan, Rule, reorder
 from phalanx.parallel.pipeline.simulate import Costs
 
-_RULES: tuple[tuple[float, float, float | None], ...] = (
+_FIRST_RULES: tuple[tuple[float, float, float | None], ...] = (
     (0, 0, None),
+    (0.15, 0.15, None),
+    (0.25, 0.25, None),
+    (0, 0, 0.999),
+    (0.15, 0.15, 0.999),
+    (0, 0, 0.75),
+    (0.25, 0.25, 0.75),
     (0.5, 0.5, None),
+)
+_MORE_RULES: tuple[tuple[float, float, float | None], ...] = (
     (0, 0, 0.5),
     (0, 0, 0.25),
-    (0, 0, 0.75),
     (0, 0.75, None),
-    (0.25, 0.25, None),
     (0.25, 0.25, 0.5),
     (0, 0, 0),
-    (0, 0, 0.999),
     (0.25, 0.25, 0.25),
-    (0.25, 0.25, 0.75),
     (0.5, 0.5, 0.25),
     (0.5, 0.5, 0.5),
     (0.5, 0.5, 0.75),
@@ -34,8 +38,8 @@ _RULES: tuple[tuple[float, float, float | None], ...] = (
     (0.25, 0.75, None),
     (0, 1, None),
 )
-"""Patience, patience for W, and the share of the best bubble so far to aim at; the most useful
-ones first."""
+"""Patience, patience for W, and the share of the best bubble so far to aim at. Large
+schedules get only the first ones, which were best on 16 to 32 ranks."""
 
 _ROUNDS = 4
 _SURVIVORS = 4
@@ -63,16 +67,20 @@ def refine(
         starts = [start for plan in plans for start in _starts(plan, most)]
         found = []
         aim = float("inf") if best is None else best[0]
-        for patience, weight_patience, share in _RULES:
-            for start in starts:
-                if left <= 0:
-                    break
-                left -= 1
-                target = None if share is None else least + share * (aim - least)
-                rule = Rule(patience, weight_patience, target)
-                orders, span = reorder(start, placement, costs, most, rule)
-                found.append((span, orders))
-                aim = min(aim, span)
+        for start, rule in [
+            (start, rule)
+            for rules in (_FIRST_RULES, _MORE_RULES)
+            for start in starts
+            for rule in rules
+        ][: max(left, 0)]:
+            left -= 1
+            patience, weight_patience, share = rule
+            target = None if share is None else least + share * (aim - least)
+            orders, span = reorder(
+                start, placement, costs, most, Rule(patience, weight_patience, target)
+            )
+            found.append((span, orders))
+            aim = min(aim, span)
         found.sort(key=lambda pair: pair[0])
         if best is not None and (not found or found[0][0] >= best[0] * (1 - 1e-9)):
             break

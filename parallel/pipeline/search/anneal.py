@@ -3,13 +3,14 @@
 The longest stage ends a chain of operations each of which starts the moment that the one before it
 allows: the critical path. It runs in blocks along ranks, with hops between them. A shorter schedule
 must take an operation out of some block: move it before the block's first or behind its last (as in
-the job shop: Dell'Amico and Trubian, 1993). Changes that hurt are kept with a probability that sinks
-(simulated annealing), by a seeded generator: the same input gives the same schedule everywhere.
+the job shop: Dell'Amico and Trubian, 1993). Changes that hurt are kept with a probability that
+sinks (simulated annealing), by a seeded generator: the same input gives the same schedule anywhere.
 """
 
 import math
 import random
 
+from phalanx.parallel.pipeline.search.mend import mend
 from phalanx.parallel.pipeline.search.problem import Problem, Word
 from phalanx.parallel.pipeline.search.replay import Replay
 
@@ -24,7 +25,7 @@ class Anneal:
         self.problem: Problem = replay.problem
         self.replay = replay
         self.random = random.Random(seed)
-        self.unit = sum(self.problem.work) / sum(map(len, words))
+        self.unit = sum(self.problem.work) / sum(map(len, words)) or 1.0
         self.current = words
         self.orders = [replay.operations(word) for word in words]
         ends = replay.run(self.orders)
@@ -122,44 +123,4 @@ class Anneal:
             while word[place] != x:
                 place -= 1
             new = [*word[:place], *word[place + 1 : last + 1], x, *word[last + 1 :]]
-        return (rank, new) if self._mend(new) else None
-
-    def _mend(self, word: Word) -> bool:
-        """Whether a word is possible; a W is pulled forward where memory would not do (in place)."""
-        problem = self.problem
-        S, delta, limit, placement = (
-            problem.num_stages,
-            problem.delta,
-            problem.limit,
-            problem.placement,
-        )
-        count = [0] * (3 * S)
-        held, place = 0.0, 0
-        for place in range(len(word)):
-            x = word[place]
-            if held + delta[x] > limit:
-                found = self._next_weight(word, place, count)
-                if found < 0:
-                    return False
-                x = word.pop(found)
-                word.insert(place, x)
-            if x >= S:
-                if count[x] >= count[x - S]:
-                    return False
-                s = x - S
-                if s < S - 1 and placement[s] == placement[s + 1] and count[x] >= count[x + 1]:
-                    return False
-            elif x > 0 and placement[x] == placement[x - 1] and count[x] >= count[x - 1]:
-                return False
-            count[x] += 1
-            held += delta[x]
-        return True
-
-    def _next_weight(self, word: Word, place: int, count: list[int]) -> int:
-        """Place of the first W from here on whose B is done, or -1."""
-        S = self.problem.num_stages
-        for later in range(place + 1, len(word)):
-            x = word[later]
-            if x >= 2 * S and count[x - S] > count[x]:
-                return later
-        return -1
+        return (rank, new) if mend(self.problem, new) else None

@@ -2,7 +2,8 @@
 
 Many plans are squeezed under many rules; the best are plans for another round; local search has the
 last word. The objective is the longest time from a rank's first operation to its last, the papers'
-figure; ties go to the shorter makespan.
+figure; ties go to the shorter makespan, between placements also to the shorter steady time and
+the lower peak.
 """
 
 from phalanx.parallel.pipeline.graph import Schedule, loop_placement, v_placement
@@ -10,6 +11,10 @@ from phalanx.parallel.pipeline.search.problem import Problem
 from phalanx.parallel.pipeline.search.rounds import Search
 from phalanx.parallel.pipeline.simulate import Costs, Memory, report
 from phalanx.parallel.pipeline.validate import validate
+
+_EFFORT_S = 0.8
+"""Of a search for equal stages, per stage of a rank."""
+
 
 def best_order(
     placement: tuple[int, ...],
@@ -27,7 +32,8 @@ def best_order(
     schedule on every machine.
 
     Raises:
-        ValueError: no schedule keeps within the limit.
+        ValueError: no schedule keeps within the limit (says the least one that would do), or the
+            placement is neither a loop nor a V.
     """
     least = least_memory(placement, num_microbatches=num_microbatches, memory=memory)
     if limit is not None and limit < least * (1 - 1e-9):
@@ -57,6 +63,10 @@ def best_schedule(
     Raises:
         ValueError: no schedule keeps within the limit.
     """
+    if num_ranks < 1 or num_microbatches < 1:
+        raise ValueError(
+            f"{num_ranks} ranks and {num_microbatches} microbatches: a schedule needs one of each"
+        )
     found = []
     for chunks, placement in ((1, loop_placement(num_ranks)), (2, v_placement(num_ranks))):
         size = {"num_stages": len(placement), "chunks": chunks}
@@ -68,7 +78,7 @@ def best_schedule(
             costs=costs,
             memory=deltas,
             limit=limit,
-            effort_s=0.8 * chunks,
+            effort_s=_EFFORT_S * chunks,
         )
         result = report(schedule, costs, deltas)
         key = (result.longest_stage, result.makespan, result.steady_time, result.peak_memory)

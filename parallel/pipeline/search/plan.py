@@ -35,9 +35,7 @@ def repeat(problem: Problem, block: Block) -> Plan | None:
     period = block.pace * max(problem.work) / m
     plan = []
     for rank, stages in enumerate(problem.stages):
-        ops = [
-            (starts[x] + n * period, x) for s in stages for x in (s, S + s) for n in range(m)
-        ]
+        ops = [(starts[x] + n * period, x) for s in stages for x in (s, S + s) for n in range(m)]
         ops.sort()
         plan.append([x for _, x in ops])
         if not _fits(problem, plan[rank]):

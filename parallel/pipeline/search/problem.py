@@ -20,6 +20,8 @@ _SLACK = 5e-10
 class Problem:
     """Stages on ranks, what their operations cost, and the memory that a rank may hold."""
 
+    # A rank's first operation must start at the same time whatever the order is: then the longest
+    # stage is a makespan with a deadline a rank.
     def __init__(
         self,
         placement: tuple[int, ...],
@@ -28,6 +30,11 @@ class Problem:
         memory: Memory,
         limit: float | None = None,
     ) -> None:
+        if len(set(placement[: max(placement) + 1])) != max(placement) + 1:
+            raise ValueError(
+                f"placement {placement}: the first stages do not lie on different ranks; the "
+                "search knows loops and the V, (0, 1, 0, 1) or (0, 1, 1, 0)"
+            )
         self._given = placement, costs, memory, limit
         self.placement = placement
         self.num_microbatches = num_microbatches
@@ -59,8 +66,8 @@ class Problem:
         self.begin = [self._first_start(rank) for rank in range(self.num_ranks)]
         """When a rank's first operation starts, whatever the order: its first stage's first F."""
         self.work = [
-            num_microbatches * sum(self.time[s] + self.time[S + s] + self.time[2 * S + s] for s in x)
-            for x in self.stages
+            num_microbatches * sum(self.time[x] for s in stages for x in (s, S + s, 2 * S + s))
+            for stages in self.stages
         ]
         """Computing time by rank."""
 

@@ -5,7 +5,9 @@ from itertools import product
 
 from phalanx.parallel.pipeline.search.anneal import Anneal
 from phalanx.parallel.pipeline.search.bound import lower_bound
+from phalanx.parallel.pipeline.search.lengthen import lengthen
 from phalanx.parallel.pipeline.search.plan import (
+    Block,
     Plan,
     one_by_one,
     with_late_weights,
@@ -35,6 +37,8 @@ _RULES = (
 _SHARES = (None, 0.9, 0.5, 0.8, 0.25, 0.95, 0.65, 0.0)
 """Targets, as shares of the best bubble so far; the most useful ones first, as above."""
 _TEMPERATURES = ((0.15, 0.005), (0.5, 0.01), (1.5, 0.05))
+_SHORT = 1200
+"""Most operations of a short schedule that is searched for to be lengthened."""
 _KEPT = 8
 
 
@@ -43,10 +47,11 @@ class Search:
 
     def __init__(self, problem: Problem, effort_s: float) -> None:
         self.problem = problem
+        self.effort_s = effort_s
         self.replay = Replay(problem)
         self.size = 3 * problem.num_stages * problem.num_microbatches
         # The smaller a problem the less it takes.
-        share = min(1.0, max(0.25, self.size / 4000))
+        share = min(1.0, max(0.15, self.size / 600))
         self.budget = effort_s * share * _SQUEEZED_PER_S
         self.spent = 0.0
         self.bound = lower_bound(problem) * (1 + 1e-12)
@@ -56,19 +61,34 @@ class Search:
 
     def run(self) -> list[Word]:
         """The best words found."""
-        self._round(self._first_plans(), 0.5)
+        self._round(self._first_plans(), 0.4)
         before = None
-        while not self._done(0.7) and before != self.found[0][:2]:
+        while not self._done(0.5) and before != self.found[0][:2]:
             before = self.found[0][:2]
-            self._round(self._found_plans(), 0.7)
+            self._round(self._found_plans(), 0.5)
         self._anneal()
         return self.found[0][2]
 
     def _first_plans(self) -> list[Plan]:
-        blocks, self.spent = scout(self.problem, 0.25 * self.budget)
+        few = 2 * self.problem.num_ranks + 4
+        if few < self.problem.num_microbatches and 3 * self.problem.num_stages * few <= _SHORT:
+            blocks = self._shorter(few)
+        else:
+            blocks, self.spent = scout(self.problem, 0.25 * self.budget)
+        self.blocks = blocks
         fitted = [fitting(self.problem, block) for block in blocks]
         plans = [x[1] for x in fitted if x is not None] or [one_by_one(self.problem)]
         return [y for x in plans for y in (x, with_late_weights(self.problem, x))]
+
+    def _shorter(self, few: int) -> list[Block]:
+        """Find the best schedule of few microbatches and lengthen it; the blocks found for it."""
+        short = Search(self.problem.shortened(few), self.effort_s)
+        short.run()
+        for _, _, words in short.found[:3]:
+            for longer in lengthen(short.replay, words, self.problem):
+                self.spent += _REPLAYED * self.size
+                self._keep(longer)
+        return short.blocks
 
     def _found_plans(self) -> list[Plan]:
         plans: list[Plan] = []
@@ -95,14 +115,15 @@ class Search:
 
     def _anneal(self) -> None:
         changes = int((self.budget - self.spent) / (_REPLAYED * self.size))
-        restarts = max(1, min(6, changes // 1500))
+        restarts = max(1, min(8, changes // 1500))
         for restart in range(restarts):
-            if self._done(2.0):
+            if self.found[0][0] <= self.bound:
                 return
             start = self.found[restart // 2 % len(self.found)][2]
             search = Anneal(self.replay, start, restart)
             search.run(changes // restarts, *_TEMPERATURES[restart % 3], self.bound)
             self._keep(search.words)
+            self.spent += _REPLAYED * self.size * (changes // restarts)
 
     def _done(self, share: float) -> bool:
         """Whether nothing can be better, or this share of the effort is spent."""
@@ -113,7 +134,9 @@ class Search:
     def _keep(self, words: list[Word]) -> None:
         orders = [self.replay.operations(word) for word in words]
         ends = self.replay.run(orders)
-        assert ends is not None
+        if ends is None:
+            # Pulling W forward can make lengthened orders wait in a circle.
+            return
         span = max(self.replay.spans(orders, ends))
         makespan = max(ends[order[-1]] for order in orders)
         # Rounding must not decide between equal ones.
