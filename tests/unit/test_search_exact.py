@@ -37,7 +37,7 @@ def uniform(p: int, m: int, chunks: int, costs: tuple[float, ...], limit: float)
     check(placement, m, Costs.uniform(*costs, **size), memory, 2 * p * limit)
 
 
-@pytest.mark.parametrize(("p", "m"), [(2, 2), (2, 4), (3, 3)])
+@pytest.mark.parametrize(("p", "m"), [(2, 3), (3, 3)])
 @pytest.mark.parametrize("costs", COSTS)
 @pytest.mark.parametrize("limit", [0.75, 1.0, 2.0])
 def test_one_stage_a_rank(p: int, m: int, costs: tuple[float, ...], limit: float) -> None:
@@ -46,7 +46,7 @@ def test_one_stage_a_rank(p: int, m: int, costs: tuple[float, ...], limit: float
 
 
 @pytest.mark.parametrize("m", [2, 3])
-@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize("costs", COSTS[:2])
 @pytest.mark.parametrize("limit", [0.75, 1.0])
 def test_v_of_two_ranks(m: int, costs: tuple[float, ...], limit: float) -> None:
     pytest.importorskip("ortools")
@@ -112,7 +112,7 @@ def test_no_proof_in_time() -> None:
 
 
 def test_without_or_tools_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ortools", None)
+    monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
     costs, memory = Costs.uniform(1, 1, 1, num_stages=2), Memory.uniform(2, -1, -1, num_stages=2)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'phalanx-train\[exact\]'"):
         proven_best((0, 1), num_microbatches=2, costs=costs, memory=memory)

@@ -17,7 +17,7 @@ from phalanx.parallel.pipeline.search.problem import KINDS, Problem
 from phalanx.parallel.pipeline.simulate import Costs, Memory
 from phalanx.parallel.pipeline.validate import validate
 
-_FINEST = 10**6
+_FINEST = 1000
 """Largest common denominator of costs, and of memory, that is scaled to integers."""
 
 

@@ -43,29 +43,33 @@ _KEPT = 8
 
 
 class Search:
-    """The search for one problem, of about so many seconds at most."""
+    """The search for one problem, of about so many seconds; twice that where it lengthens."""
 
     def __init__(self, problem: Problem, effort_s: float) -> None:
         self.problem = problem
         self.effort_s = effort_s
         self.replay = Replay(problem)
         self.size = 3 * problem.num_stages * problem.num_microbatches
-        # The smaller a problem the less it takes.
-        share = min(1.0, max(0.15, self.size / 600))
+        # The smaller a problem the less it takes; very large ones are worth more.
+        share = min(1.0, max(0.15, self.size / 600)) + self.size / 20_000
         self.budget = effort_s * share * _SQUEEZED_PER_S
         self.spent = 0.0
         self.bound = lower_bound(problem) * (1 + 1e-12)
         self.found: list[tuple[float, float, list[Word]]] = []
         """Longest stage, makespan and words, best first."""
+        self.blocks: list[Block] = []
+        """Those that suited best."""
         self.seen: set[tuple[tuple[tuple[int, ...], ...], Rule]] = set()
 
     def run(self) -> list[Word]:
         """The best words found."""
-        self._round(self._first_plans(), 0.4)
+        # Local search comes to nothing where a change takes milliseconds.
+        large = self.size > 4000
+        self._round(self._first_plans(), 0.8 if large else 0.4)
         before = None
-        while not self._done(0.5) and before != self.found[0][:2]:
+        while not self._done(0.95 if large else 0.5) and before != self.found[0][:2]:
             before = self.found[0][:2]
-            self._round(self._found_plans(), 0.5)
+            self._round(self._found_plans(), 0.95 if large else 0.5)
         self._anneal()
         return self.found[0][2]
 
@@ -114,7 +118,7 @@ class Search:
                 self._keep(squeeze(self.problem, plan, rule))
 
     def _anneal(self) -> None:
-        changes = int((self.budget - self.spent) / (_REPLAYED * self.size))
+        changes = int(max(0.0, self.budget - self.spent) / (_REPLAYED * self.size))
         restarts = max(1, min(8, changes // 1500))
         for restart in range(restarts):
             if self.found[0][0] <= self.bound:
@@ -123,7 +127,6 @@ class Search:
             search = Anneal(self.replay, start, restart)
             search.run(changes // restarts, *_TEMPERATURES[restart % 3], self.bound)
             self._keep(search.words)
-            self.spent += _REPLAYED * self.size * (changes // restarts)
 
     def _done(self, share: float) -> bool:
         """Whether nothing can be better, or this share of the effort is spent."""
