@@ -5,6 +5,7 @@ Hydra's, and only then handed to Hydra.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -178,4 +179,16 @@ def json_option(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     parser.add_argument("--json", type=Path)
     parser.error = _refuse  # type: ignore[method-assign]
     known, rest = parser.parse_known_args(list(argv))
+    if known.json is not None:
+        _check_writable(known.json)
     return known.json, rest
+
+
+def _check_writable(path: Path) -> None:
+    """Before minutes of measuring, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--json {path}: {error.strerror}: {error.filename}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise BadInput(f"--json {path}: cannot be written; name a file in a folder of yours")

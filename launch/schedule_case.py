@@ -59,14 +59,15 @@ def configured(config: Config) -> Case:
         BadInput: there is no pipeline.
         ValueError: the schedule cannot be made for it.
     """
-    from phalanx.train.pipeline_plan import plan_pipeline
+    from phalanx.train.pipeline_plan import memory_limit, plan_pipeline
     from phalanx.train.stage_costs import estimated_costs, estimated_memory
 
     if config.parallel.pp == 1:
         raise BadInput(
             "parallel.pp=1: no pipeline; set parallel.pp=2 or more, or give --p, --m and --costs"
         )
-    plan = plan_pipeline(config, config.num_microbatches(world_size(config)))
+    count = config.num_microbatches(world_size(config))
+    plan = plan_pipeline(config, count)
     memory = estimated_memory(config, plan.cuts)
     ranks = range(plan.schedule.num_ranks)
     most = max(sum(memory.f[s] for s in plan.schedule.stages_of(rank)) for rank in ranks)
@@ -74,7 +75,7 @@ def configured(config: Config) -> Case:
         schedule=plan.schedule,
         costs=estimated_costs(config, plan.cuts),
         memory=memory,
-        limit=config.pipeline.memory_limit_bytes,
+        limit=memory_limit(config, count) if config.pipeline.schedule == "auto" else None,
         multiple=most * plan.schedule.num_ranks,
         estimated=True,
     )
@@ -92,7 +93,13 @@ def given(setting: Setting, flags: Flags) -> Case:
     f, b, w, hop = setting.costs
     memory = Memory(*_by_stage(setting.memory, share))
     multiples = _by_stage([x / multiple for x in setting.memory], share)
-    validate(made, memory=Memory(*multiples), limit=setting.limit)
+    needed = Memory(*multiples).peak(made)
+    try:
+        validate(made, memory=Memory(*multiples), limit=setting.limit)
+    except ValueError as error:
+        raise BadInput(
+            f"--memory {setting.limit:g}: {error}; it needs {needed:.6g}, or take --schedule auto"
+        ) from error
     return Case(
         schedule=made,
         costs=Costs(*_by_stage((f, b, w), share), hop),
@@ -132,6 +139,8 @@ def _load(setting: Setting, name: str) -> Schedule:
         loaded = load_schedule(Path(name))
     except OSError as error:
         raise BadInput(f"--schedule {name}: {error.strerror or error}") from error
+    except ValueError as error:  # it begins with the path
+        raise BadInput(f"--schedule {error}") from error
     for flag, has, wanted in (
         ("--p", loaded.num_ranks, setting.num_ranks),
         ("--m", loaded.num_microbatches, setting.num_microbatches),

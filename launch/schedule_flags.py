@@ -29,6 +29,11 @@ OPTIONS = (
 )
 """Flag and meaning, for the help."""
 
+_MAGNITUDES = (1e-30, 1e30)
+"""Least and greatest, other than 0: sums and ratios of them are finite."""
+_MOST_PLACES = 1_000_000
+"""p x m: more operations fit into no memory and no evening."""
+
 OUTPUTS = ("json", "svg", "png", "trace", "save")
 _VALUES = ("p", "m", "costs", "mem", "memory", "schedule", "chunks")
 
@@ -84,10 +89,11 @@ def parse(argv: Sequence[str]) -> Flags:
     flags = Flags(
         setting=_setting(values),
         schedule=values["schedule"],
-        chunks=_whole("chunks", values["chunks"], least=1) if values["chunks"] else None,
+        chunks=None if values["chunks"] is None else _whole("chunks", values["chunks"], least=1),
         outputs=outputs,
         rest=rest,
     )
+    _check_outputs(outputs, rest)
     if flags.setting is not None:
         _check_unconfigured(flags)
     return flags
@@ -117,9 +123,14 @@ def _setting(values: dict[str, str | None]) -> Setting | None:
         raise BadInput(f"schedule: {', '.join(given)} needs {' and '.join(missing)} too{hint}")
     num_ranks = _whole("p", values["p"], least=2)
     num_microbatches = _whole("m", values["m"], least=1)
+    if num_ranks * num_microbatches > _MOST_PLACES:
+        raise BadInput(
+            f"--p {num_ranks} --m {num_microbatches}: p x m must be at most {_MOST_PLACES:,}"
+        )
     f, b, w, hop = _numbers("costs", values["costs"], "F,B,W,C")
     if min(f, b, w, hop) < 0 or f + b + w == 0:
         raise BadInput(f"--costs {values['costs']}: times must be 0 or more, and not all 0")
+    _check_magnitude("costs", values["costs"], (f, b, w, hop))
     return Setting(
         num_ranks=num_ranks,
         num_microbatches=num_microbatches,
@@ -135,9 +146,18 @@ def _memory(text: str | None) -> tuple[float, float, float]:
     f, b, w = _numbers("mem", text, "F,B,W")
     if f <= 0:
         raise BadInput(f"--mem {text}: F must take memory, be above 0; such as 2,-1,-1")
+    _check_magnitude("mem", text, (f, b, w))
     if abs(f + b + w) > 1e-6 * f:
         raise BadInput(f"--mem {text}: must add up to 0, for B and W free what F takes")
     return f, b, w
+
+
+def _check_magnitude(flag: str, text: str | None, numbers: Sequence[float]) -> None:
+    least, most = _MAGNITUDES
+    if not all(number == 0 or least <= abs(number) <= most for number in numbers):
+        raise BadInput(
+            f"--{flag} {text}: must be 0 or between {least:g} and {most:g}; take another unit"
+        )
 
 
 def _limit(text: str | None) -> float | None:
@@ -170,6 +190,17 @@ def _whole(flag: str, text: str | None, *, least: int) -> int:
     if number < least:
         raise BadInput(f"--{flag} {text}: must be a whole number, {least} or more")
     return number
+
+
+def _check_outputs(outputs: dict[str, Path], rest: list[str]) -> None:
+    for name, path in outputs.items():
+        if {"--multirun", "-m"} & set(rest):
+            raise BadInput(
+                f"--{name} {path}: each job of --multirun would overwrite it; run them one by one"
+            )
+        other = next(other for other in outputs if outputs[other] == path)
+        if other != name:
+            raise BadInput(f"--{name} {path}: --{other} writes to it already; name another file")
 
 
 def _check_unconfigured(flags: Flags) -> None:

@@ -63,6 +63,7 @@ def _show_configured(job: Job, *, flags: Flags) -> None:
 
 def _show(case: Case, flags: Flags) -> None:
     found, panel = report(case.schedule, case.costs, case.memory), case.panel()
+    _write(_writers(case, found, panel), flags.outputs)  # first: a pager may close the output
     print(table(panel, case.costs, found))
     print()
     letters = ascii_timeline(
@@ -73,8 +74,10 @@ def _show(case: Case, flags: Flags) -> None:
         time_text=panel.time_text,
     )
     print(letters)
-    writers = _writers(case, found, panel)
-    for name, path in flags.outputs.items():
+
+
+def _write(writers: dict[str, Callable[[Path], None]], outputs: dict[str, Path]) -> None:
+    for name, path in outputs.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             writers[name](path)

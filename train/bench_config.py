@@ -21,8 +21,13 @@ class EmulatedPipelineConfig:
     def __post_init__(self) -> None:
         if self.ranks < 2:
             raise ValueError(f"bench.pipeline.ranks={self.ranks}: a pipeline needs at least 2")
-        if self.microbatches < 1:
-            raise ValueError(f"bench.pipeline.microbatches={self.microbatches}: must be at least 1")
+        rounds = self.microbatches // self.ranks
+        if rounds < 1 or self.microbatches % rounds:  # what torch's schedules take
+            raise ValueError(
+                f"bench.pipeline.microbatches={self.microbatches}: torch's schedules need at least "
+                f"1 for each of bench.pipeline.ranks={self.ranks}, in rounds of one size; take "
+                f"{max(rounds, 1) * self.ranks}"
+            )
         if len(self.costs) != 3 or not all(0 < cost < float("inf") for cost in self.costs):
             raise ValueError(
                 f"bench.pipeline.costs={self.costs}: give three positive numbers, [F, B, W]"

@@ -129,6 +129,12 @@ def memory_of_1f1b(num_ranks: int, num_microbatches: int, memory: Memory) -> flo
     return memory.peak(replace(schedule, orders=tuple(map(_split, schedule.orders))))
 
 
+def memory_limit(config: Config, num_microbatches: int) -> float:
+    """Bytes of activations that a rank may hold under `auto`: as configured, or 1F1B's."""
+    given = config.pipeline.memory_limit_bytes
+    return estimated_memory_of_1f1b(config, num_microbatches) if given is None else given
+
+
 def estimated_memory_of_1f1b(config: Config, num_microbatches: int) -> float:
     """What pipeline.schedule=1f1b would hold, with layers placed by cost."""
     pp = config.parallel.pp
@@ -148,10 +154,8 @@ def _cuts_by_cost(config: Config, placement: Sequence[int]) -> list[range]:
 
 def _search(config: Config, num_microbatches: int) -> PipelinePlan:
     """The faster of the placements, each with its best order under the limit, by estimate."""
-    limit = config.pipeline.memory_limit_bytes
+    limit = memory_limit(config, num_microbatches)
     barrier = not config.pipeline.post_validation
-    if limit is None:
-        limit = estimated_memory_of_1f1b(config, num_microbatches)
     found: list[tuple[float, PipelinePlan]] = []
     least = float("inf")
     for placement in auto_placements(config):

@@ -85,12 +85,14 @@ class Engine:
         """Clip the gradients and step the optimizer; post-validation may take it back later."""
         if self._post is not None:
             self._post.step(gradients, lr)
-            return
-        limit = self.config.optim.max_grad_norm
-        if limit > 0:
-            clip_gradients(self.model.parameters.values(), gradients.norm, limit)
-        self.optimizer.step(lr)
-        self._settled.append(gradients)
+        else:
+            limit = self.config.optim.max_grad_norm
+            if limit > 0:
+                clip_gradients(self.model.parameters.values(), gradients.norm, limit)
+            self.optimizer.step(lr)
+            self._settled.append(gradients)
+        if self.model.tied is not None:
+            self.model.tied.follow()
 
     def settle(self) -> bool:
         """Make the last `update` final, where it is not yet; every pipeline rank must come here.
@@ -107,6 +109,8 @@ class Engine:
         if self._post is None or not self._post.pending:
             return False
         gradients, action = self._post.check()
+        if self.model.tied is not None:
+            self.model.tied.follow()
         if action is Action.skip:
             raise FloatingPointError(self._blame(gradients))
         self._settled.append(gradients)

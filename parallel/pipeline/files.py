@@ -51,7 +51,7 @@ def load_schedule(path: str | Path) -> Schedule:
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON, or bytes that are no text
+    except (ValueError, RecursionError) as error:  # bad JSON, too deep, or bytes that are no text
         raise ValueError(f"{path}: no JSON: {error}") from error
     try:
         schedule = _parse(data)

@@ -28,14 +28,20 @@ class PrefixSums:
 
     def __init__(self, mesh: Mesh, *, timeout: timedelta) -> None:
         """Make the groups; collective over all ranks."""
-        table = mesh.world.mesh.reshape(mesh.size("pp"), -1)
         self._device = torch.device(mesh.device_type)
         self._rank, self._last = mesh.rank("pp"), mesh.size("pp") - 1
         self._stage: dist.ProcessGroup | None = None
-        if table.shape[1] > 1:
-            self._stage, _ = dist.new_subgroups_by_enumeration(table.tolist(), timeout=timeout)
-        self._pipeline, _ = dist.new_subgroups_by_enumeration(
-            table.T.tolist(), timeout=timeout, backend="gloo"
+        stage = mesh.world["dp_replicate", "dp_shard", "cp", "tp"]
+        if stage.size() > 1:
+            self._stage = stage._flatten("stage").get_group()
+        # Its own ranks alone make it: where NCCL's communicator is bound to a device, new_group has
+        # all others split that one, with which those of a gloo group never join in.
+        self._pipeline = dist.new_group(
+            dist.get_process_group_ranks(mesh.group("pp")),
+            timeout=timeout,
+            backend="gloo",
+            use_local_synchronization=True,
+            group_desc="post-validation",
         )
         self._sending: list[tuple[dist.Work, Tensor]] = []
         self._whole: tuple[dist.Work | None, Tensor] | None = None

@@ -204,7 +204,9 @@ class _Step:
             else:
                 before_backward(module, stage=executor.zero_stage, last=self._is_last(op))
                 torch.autograd.backward(y, grad)
-        self._send(op, x.grad)
+        # Weight gradients that are put off may keep `x`, and with it its gradient.
+        grad, x.grad = x.grad, None
+        self._send(op, grad)
 
     def _weight_gradient(self, op: Op) -> None:
         executor = self.executor

@@ -17,7 +17,8 @@ class TiedWeight:
 
     On two ranks each has a copy. A rank that holds both stages (a V placement's first) has two
     parameters over one memory, so that both stages' gradients add up in their own order: only
-    `parameter` is optimized, saved and counted.
+    `parameter` is optimized, saved and counted. An unevenly cut shard does not stay one memory:
+    FSDP2 moves each to padded memory of its own in the first forward pass.
     """
 
     name: str
@@ -45,6 +46,16 @@ class TiedWeight:
         self.parameter.grad += self.twin.grad
         self.twin.grad = None
 
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Give the last stage's parameter the first one's values, where FSDP2 parted them; to be
+        called whenever those changed."""
+        if self.twin is None:
+            return
+        parameter, twin = _local(self.parameter), _local(self.twin)
+        if twin.data_ptr() != parameter.data_ptr():
+            twin.copy_(parameter)
+
 
 def share_memory(parameter: nn.Parameter, stage: nn.Module, fqn: str) -> nn.Parameter:
     """Give `stage` a parameter `fqn` of its own over the memory of `parameter`.
@@ -61,7 +72,7 @@ def share_memory(parameter: nn.Parameter, stage: nn.Module, fqn: str) -> nn.Para
 def _add_across_ranks(parameter: Tensor, mesh: Mesh, first: int, last: int) -> None:
     grad = parameter.grad
     assert grad is not None
-    mine = (grad.to_local() if isinstance(grad, DTensor) else grad).contiguous()
+    mine = _local(grad).contiguous()
     group = mesh.group("pp")
     is_first = mesh.rank("pp") == first
     peer = last if is_first else first
@@ -75,4 +86,8 @@ def _add_across_ranks(parameter: Tensor, mesh: Mesh, first: int, last: int) -> N
     for work in works:
         work.wait()
     total = mine + theirs if is_first else theirs + mine
-    (grad.to_local() if isinstance(grad, DTensor) else grad).copy_(total)
+    _local(grad).copy_(total)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

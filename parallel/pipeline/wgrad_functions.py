@@ -160,6 +160,9 @@ class _RMSNorm(Function):
 def _fused_norm_grads(
     dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, *, of_weight: bool
 ) -> Tensor:
+    if of_weight:
+        # Not its values but its form is asked for, and ZeRO 3 has freed its memory by then.
+        weight = torch.empty_like(weight)
     wanted = [not of_weight, of_weight]
     pair = aten._fused_rms_norm_backward(dy, x, weight.shape, rstd, weight, wanted)
     out: Tensor = pair[of_weight]

@@ -1,7 +1,9 @@
 """Every schedule computes the same numbers, bit for bit, at every ZeRO stage; and what it holds."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +85,61 @@ def test_schedules_agree_to_the_bit(
     for found in ranks:
         for schedule, values in found.items():
             assert values == expected, schedule
+
+
+def tied_steps(ranks: Ranks) -> list[list[tuple[float, float]]]:
+    """Loss and norm of two steps of a tied model whose vocabulary two ranks cannot halve, by
+    schedule, each with a barrier and, every step taken back to clip it, without."""
+    found = []
+    with process_group(ranks):
+        for post in (False, True):
+            for schedule in ("1f1b", "zb_v"):
+                config = make_config(
+                    num_layers=4, schedule=schedule, pp=2, dp_shard=2, stage=1, tied=True
+                )
+                config = replace(
+                    config,
+                    model=replace(config.model, vocab_size=299),
+                    optim=replace(config.optim, max_grad_norm=1e-3 if post else 1.0),
+                    pipeline=replace(config.pipeline, post_validation=post),
+                )
+                engine = make_engine(ranks, config)
+                for number in range(2):
+                    engine.update(engine.gradients(rank_batch(engine, number=number)), 1e-2)
+                engine.settle()
+                found.append([(step.loss, step.norm) for step in engine.take_settled()])
+    return found
+
+
+def test_a_tied_weight_cut_unevenly_stays_one(run_ranks: Callable[..., list[Any]]) -> None:
+    """A V placement's first rank has it twice, and FSDP2 parts the two to pad them."""
+    for plain, v, plain_post, v_post in run_ranks(tied_steps, world_size=4):
+        assert v == plain
+        assert v_post == plain_post
+        assert len({loss for loss, _ in plain + plain_post}) == 3
+
+
+def kept_gradients(ranks: Ranks) -> int:
+    """Most gradients of stages' inputs that this rank holds when an operation begins."""
+    with process_group(ranks):
+        engine = make_engine(ranks, pipeline("zb_h2", pp=2))
+        shape, counts = executor_of(engine).boundary.shape, []
+
+        @contextmanager
+        def counted(op: Op) -> Iterator[None]:
+            tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.is_leaf]
+            counts.append(sum(t.grad is not None for t in tensors if t.shape == shape))
+            yield
+
+        executor_of(engine).recorder = counted
+        engine.gradients(rank_batch(engine))
+        assert len(counts) == 24
+        return max(counts)
+
+
+def test_an_input_gradient_goes_once_it_is_sent(run_ranks: Callable[..., list[Any]]) -> None:
+    """Though the input itself is kept for weight gradients that are put off."""
+    assert run_ranks(kept_gradients, world_size=2) == [0, 0]
 
 
 def restarted(ranks: Ranks, layouts: list[dict[str, Any]]) -> list[tuple[int, list[str]]]:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.mesh import build_mesh
@@ -66,3 +68,26 @@ def test_infinities_travel(run_ranks: Callable[..., list[Any]]) -> None:
     first, second, third = run_ranks(not_finite, world_size=3)
     assert first == ([1.0], [float("inf")])
     assert second == third == ([float("inf")], [float("inf")])
+
+
+def pipelines_made(ranks: Ranks) -> list[list[int]]:
+    """Groups of pipeline ranks that this rank takes part in making."""
+    made = []
+    helper = distributed_c10d._new_process_group_helper
+
+    def noted(size: int, rank: int, members: list[int], *args: Any, **kwargs: Any) -> Any:
+        made.append(members)
+        return helper(size, rank, members, *args, **kwargs)
+
+    with process_group(ranks), pytest.MonkeyPatch.context() as patch:
+        degrees = ParallelConfig(pp=2, dp_shard=2)
+        mesh = build_mesh(degrees, world_size=ranks.world_size, device_type="cpu")
+        patch.setattr(distributed_c10d, "_new_process_group_helper", noted)
+        PrefixSums(mesh, timeout=timedelta(seconds=60))
+    return [members for members in made if members in ([0, 2], [1, 3])]
+
+
+def test_only_its_own_ranks_make_a_gloo_group(run_ranks: Callable[..., list[Any]]) -> None:
+    """Others would split NCCL's communicator meanwhile, and wait forever for the group's ranks."""
+    everyone = run_ranks(pipelines_made, world_size=4)
+    assert everyone == [[[0, 2]], [[1, 3]], [[0, 2]], [[1, 3]]]

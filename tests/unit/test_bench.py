@@ -108,6 +108,8 @@ def test_a_rank_s_costs_are_scaled_to_its_forward() -> None:
         (BenchConfig, {"steps": 0}, ("bench.steps=0", "at least 1")),
         (EmulatedPipelineConfig, {"ranks": 1}, ("bench.pipeline.ranks=1", "at least 2")),
         (EmulatedPipelineConfig, {"microbatches": 0}, ("microbatches=0", "at least 1")),
+        (EmulatedPipelineConfig, {"microbatches": 7}, ("microbatches=7", "ranks=8", "take 8")),
+        (EmulatedPipelineConfig, {"microbatches": 25}, ("microbatches=25", "take 24")),
         (EmulatedPipelineConfig, {"costs": [1.0, 2.0]}, ("costs=[1.0, 2.0]", "[F, B, W]")),
         (EmulatedPipelineConfig, {"costs": [1.0, 0.0, 1.0]}, ("costs=", "positive")),
         (EmulatedPipelineConfig, {"forward_ms": 0.0}, ("forward_ms=0.0", "above 0")),

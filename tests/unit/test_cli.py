@@ -73,6 +73,8 @@ def test_every_verb_has_help(verb: str, capsys: Captured) -> None:
         (["checkpoint", "import", "nowhere"], "phalanx: checkpoint import: give two folders"),
         (["checkpoint", "import", "a", "b"], "phalanx: checkpoint import: a: no such folder"),
         (["verify", "launch=torchrun", "--json"], "phalanx: argument --json: expected one"),
+        (["verify", "--json", "/dev/null/x.json"], "phalanx: --json /dev/null/x.json: "),
+        (["bench", "step", "--json", "/dev"], "phalanx: --json /dev: cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_2(

@@ -278,6 +278,7 @@ def test_ticks_are_round_and_apart(length: float, pixels: float, found: list[flo
     [
         (0.25, "", "0.25"),
         (1456749, "", "1,456,749"),
+        (2.5e31, "", "2.5e+31"),
         (999.6, "FLOP", "999.6 FLOP"),
         (3.02e10, "FLOP", "30.2 GFLOP"),
         (0, "B", "0 B"),

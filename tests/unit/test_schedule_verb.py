@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,15 @@ def test_auto_of_the_configured_layout_keeps_to_its_limit(tmp_path: Path) -> Non
         ([*UNIT, "--costs", "1,2,x,3"], "--costs 1,2,x,3: give 4 finite numbers"),
         ([*UNIT, "--costs", "-1,2,3,4"], "--costs -1,2,3,4: times must be 0 or more"),
         ([*UNIT, "--costs", "0,0,0,4"], "--costs 0,0,0,4: times must be 0 or more, and not all"),
+        ([*UNIT, "--costs", "1e308,1,1,0"], "--costs 1e308,1,1,0: must be 0 or between"),
+        ([*UNIT, "--costs", "1,1e-320,1,0"], "--costs 1,1e-320,1,0: must be 0 or between"),
+        ([*UNIT, "--p", "100000", "--m", "100000"], "--p 100000 --m 100000: p x m must be at"),
+        ([*UNIT, "--mem", "1e308,-1e308,0"], "--mem 1e308,-1e308,0: must be 0 or between"),
+        ([*UNIT, "--schedule", "1f1b", "--chunks", ""], "--chunks : must be a whole number"),
+        (
+            [*UNIT, "--schedule", "1f1b", "--json", "a.json", "--svg", "a.json"],
+            "--svg a.json: --json writes to it already; name another file",
+        ),
         ([*UNIT, "--mem", "2,-1"], "--mem 2,-1: give 3 finite numbers, F,B,W"),
         ([*UNIT, "--mem", "-2,1,1"], "--mem -2,1,1: F must take memory"),
         ([*UNIT, "--mem", "2,-1,0"], "--mem 2,-1,0: must add up to 0"),
@@ -188,7 +198,8 @@ def test_auto_of_the_configured_layout_keeps_to_its_limit(tmp_path: Path) -> Non
         ([*UNIT, "--schedule"], "schedule: argument --schedule: expected one argument"),
         (
             [*UNIT, "--schedule", "1f1b", "--memory", "0.5"],
-            "schedule 1f1b: rank 0 holds 0.75 after 0F2, over the limit of 0.5",
+            "--memory 0.5: schedule 1f1b: rank 0 holds 0.75 after 0F2, over the limit of 0.5; it "
+            "needs 1, or take --schedule auto",
         ),
         (
             [*UNIT, "--schedule", "auto", "--memory", "0.1"],
@@ -199,6 +210,10 @@ def test_auto_of_the_configured_layout_keeps_to_its_limit(tmp_path: Path) -> Non
         ([*UNIT, "--schedule", "1f1b", "--json", "/dev/null/x"], "--json /dev/null/x: cannot be"),
         (["parallel.pp=1"], "parallel.pp=1: no pipeline; set parallel.pp=2 or more"),
         (["--schedule", "zb9", *TINY], "pipeline.schedule=zb9"),
+        (
+            [*TINY, "--multirun", "pipeline=zb_v,1f1b", "--json", "a.json"],
+            "--json a.json: each job of --multirun would overwrite it; run them one by one",
+        ),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         ([*TINY, "--schedule", "v_min", "model.num_layers=3"], "parallel.pp=2 x 2 stages per"),
         ([*TINY, "--schedule", "a b.json"], "pipeline.schedule=a b.json: no such file"),
@@ -232,6 +247,31 @@ def test_a_file_that_is_no_schedule_is_refused(tmp_path: Path, capsys: Captured)
     error = capsys.readouterr().err
     assert str(file) in error
     assert error.count("\n") == 1
+
+
+def test_a_file_nested_too_deep_is_refused(tmp_path: Path, capsys: Captured) -> None:
+    file = tmp_path / "deep.json"
+    file.write_text("[" * 100_000)
+    assert main(["schedule", *UNIT, "--schedule", str(file)]) == 2
+    assert capsys.readouterr().err.startswith(f"phalanx: --schedule {file}: no JSON")
+
+
+@pytest.mark.parametrize("costs", ["1e-9,1,1e9,0", "1,1,1,1e12", "1e30,1e-30,1,0", "1,0,0,1e30"])
+def test_costs_of_very_different_size_are_shown(costs: str, capsys: Captured) -> None:
+    argv = ["--p", "4", "--m", "8", "--costs", costs, "--schedule", "1f1b"]
+    assert main(["schedule", *argv]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 100
+    assert max(map(len, lines)) <= 100
+
+
+def test_files_are_written_though_nobody_reads_the_output(tmp_path: Path) -> None:
+    file = tmp_path / "order.json"
+    code = "import sys; from phalanx.launch.cli import main; sys.exit(main())"
+    argv = ["schedule", *UNIT, "--schedule", "zb_v", "--save", str(file)]
+    command = shlex.join([sys.executable, "-c", code, *argv])
+    subprocess.run(["bash", "-c", f"{command} | true"], check=True, capture_output=True)
+    validate(load_schedule(file))
 
 
 def test_a_picture_that_was_asked_for_twice_is_the_same(tmp_path: Path) -> None:

@@ -216,3 +216,11 @@ def test_every_squeezed_plan_is_a_schedule(limit: float | None, rule: Rule) -> N
         if again is not None:
             kinds = [[op for op in order if op.kind is not Kind.W] for order in schedule.orders]
             assert [len(order) for order in again] == [len(order) for order in kinds]
+
+
+@pytest.mark.parametrize("times", [(1, 0, 0), (1, 0, 1), (0, 0, 1), (0, 1, 0)])
+def test_operations_that_take_no_time(times: tuple[float, float, float]) -> None:
+    f, b, w = times
+    found = best_schedule(num_ranks=4, num_microbatches=8, f=f, b=b, w=w, hop=0.0)
+    costs = Costs.uniform(f, b, w, num_stages=found.num_stages, chunks=found.chunks)
+    assert simulate(found, costs).longest_stage >= 8 * sum(times) * (1 - 1e-9)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phalanx.parallel.checkpointing import checkpointed
 from phalanx.parallel.config import ActivationCheckpoint
+from phalanx.parallel.pipeline import wgrad_functions
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore, defer_weight_gradients
 from phalanx.parallel.pipeline.wgrad_functions import (
     embedding,
@@ -110,6 +111,34 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         return rms_norm(x, weight, 1e-5, store)
 
     same_as_autograd(plain, ours, [normal(*shape, dtype=dtype), normal(shape[-1], dtype=dtype)])
+
+
+def test_weight_of_a_norm_may_be_freed_before_w(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO 3 does so. CUDA's kernel, for which torch's own stands here, refuses such a weight even
+    where it does not read it."""
+
+    def kernel(
+        dy: Tensor, x: Tensor, shape: torch.Size, rstd: Tensor, weight: Tensor, wanted: list[bool]
+    ) -> list[Tensor | None]:
+        assert weight.shape == shape
+        sizes.append(weight.untyped_storage().nbytes())
+        grads = wgrad_functions._norm_grads
+        return [
+            grads(dy, x, rstd, weight, of_weight=of_weight) if wanted[of_weight] else None
+            for of_weight in (False, True)
+        ]
+
+    x, dy, weight = normal(3, 8), normal(3, 8), normal(8)
+    rstd = x.square().mean(-1, keepdim=True).rsqrt()
+    expected = wgrad_functions._norm_grads(dy, x, rstd, weight, of_weight=True)
+    monkeypatch.setattr(wgrad_functions.aten, "_fused_rms_norm_backward", kernel)
+    sizes: list[int] = []
+    size = weight.untyped_storage().nbytes()
+    weight.untyped_storage().resize_(0)
+    found = wgrad_functions._fused_norm_grads(dy, x, rstd, weight, of_weight=True)
+    weight.untyped_storage().resize_(size)  # before a failed assertion shows it
+    assert sizes == [size]
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 2}, {"scale_grad_by_freq": True}], ids=str)

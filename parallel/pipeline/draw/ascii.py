@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from phalanx.parallel.pipeline.draw.layout import amount, ticks
+from phalanx.parallel.pipeline.draw.layout import amount, tick_step
 from phalanx.parallel.pipeline.graph import Kind, Op, Schedule
 from phalanx.parallel.pipeline.simulate import Timeline
 
@@ -54,11 +54,6 @@ def ascii_timeline(
     scale = _scale(schedule, timeline)
     rows = [_cells(schedule, timeline, rank, begin, scale) for rank in range(schedule.num_ranks)]
     total = max(cell.end for row in rows for cell in row)
-    length = timeline.makespan
-    ruler = [
-        (math.floor(tick * scale + 0.5), time_text(tick))
-        for tick in ticks(length, length * scale, apart=16)
-    ]
     lines: list[str] = []
     shown = 0
     for start, end in _stretches(total, columns, max(2, max_lines // (schedule.num_ranks + 2))):
@@ -68,7 +63,7 @@ def ascii_timeline(
                 "--svg FILE and --trace FILE have all of it",
                 "",
             ]
-        lines.append(" " * prefix + _ruler(ruler, start, end))
+        lines.append(" " * prefix + _ruler(start, end, scale, time_text))
         for rank, row in enumerate(rows):
             lines.append(f"rank {rank}".ljust(prefix) + _line(row, start, end, color))
         lines.append("")
@@ -78,9 +73,10 @@ def ascii_timeline(
 
 def _stretches(total: int, columns: int, most: int) -> list[tuple[int, int]]:
     """First and last column of each line; the last one is full where others are left out."""
-    starts = list(range(0, total, columns))
-    if len(starts) > most:
-        starts = [*starts[: most - 1], total - columns]
+    count = -(-total // columns)
+    starts = [n * columns for n in range(min(count, most))]
+    if count > most:
+        starts[-1] = total - columns
     return [(start, min(start + columns, total)) for start in starts]
 
 
@@ -160,11 +156,12 @@ def _shown(cell: _Cell, left: int, right: int, color: bool) -> str:
     return f"\x1b[30;{number}m{text[: size - gap]}\x1b[0m" + " " * gap
 
 
-def _ruler(ruler: Sequence[tuple[int, str]], start: int, end: int) -> str:
-    """Times above the columns where they lie, as many as have room."""
-    text = ""
-    for column, time in ruler:
-        word = f"|{time}"
+def _ruler(start: int, end: int, scale: float, time_text: Callable[[float], str]) -> str:
+    """Round times above the columns where they lie, as many as have room."""
+    text, step = "", tick_step(16 / scale)
+    for number in range(math.floor(start / scale / step), math.ceil(end / scale / step) + 1):
+        column = math.floor(number * step * scale + 0.5)
+        word = f"|{time_text(number * step)}"
         if len(text) <= column - start and column + len(word) <= end:
             text = text.ljust(column - start) + word
     return text

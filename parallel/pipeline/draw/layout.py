@@ -36,7 +36,7 @@ def amount(value: float, unit: str = "") -> str:
     if unit:
         power = min(int(math.log10(abs(value)) // 3), 5) if abs(value) >= 1000 else 0
         return f"{value / 1000**power:.4g} {' kMGTP'[power].strip()}{unit}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,11 @@ def ticks(length: float, pixels: float, *, apart: float = 90.0) -> list[float]:
     """Round times from 0 to `length`, at least `apart` pixels from each other."""
     if not 0 < length < math.inf:
         return [0.0]
-    least = length * apart / max(pixels, apart)
-    power = 10.0 ** math.floor(math.log10(least))
-    step = next(power * n for n in (1, 2, 5, 10) if power * n >= least * (1 - 1e-9))
+    step = tick_step(length * apart / max(pixels, apart))
     return [step * n for n in range(int(length / step * (1 + 1e-12)) + 1)]
+
+
+def tick_step(least: float) -> float:
+    """The round time of `least` or a little more, for ticks to lie apart."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(power * n for n in (1, 2, 5, 10) if power * n >= least * (1 - 1e-9))

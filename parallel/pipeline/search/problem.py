@@ -46,7 +46,10 @@ class Problem:
         self.chunks = max(map(len, self.stages))
         self.hop = costs.hop
         self.limit = float("inf") if limit is None else limit * (1 + _SLACK)
-        self.time = [*costs.f, *costs.b, *costs.w]
+        times = [*costs.f, *costs.b, *costs.w]
+        # Operations that take no time at all would leave the order of events open.
+        shortest = _SLACK * max(times) or 1.0
+        self.time = [max(time, shortest) for time in times]
         """By letter."""
         self.delta = [*memory.f, *memory.b, *memory.w]
         """What an operation adds to its rank's memory, by letter."""

@@ -37,8 +37,11 @@ _RULES = (
 _SHARES = (None, 0.9, 0.5, 0.8, 0.25, 0.95, 0.65, 0.0)
 """Targets, as shares of the best bubble so far; the most useful ones first, as above."""
 _TEMPERATURES = ((0.15, 0.005), (0.5, 0.01), (1.5, 0.05))
+_TINY_TEMPERATURES = ((0.15, 0.005), (1.5, 0.05), (3.0, 0.1))
 _SHORT = 1200
 """Most operations of a short schedule that is searched for to be lengthened."""
+_TINY = 100
+"""Operations."""
 _KEPT = 8
 
 
@@ -50,8 +53,10 @@ class Search:
         self.effort_s = effort_s
         self.replay = Replay(problem)
         self.size = 3 * problem.num_stages * problem.num_microbatches
-        # The smaller a problem the less it takes; very large ones are worth more.
-        share = min(1.0, max(0.15, self.size / 600)) + self.size / 20_000
+        # The smaller a problem the less it takes, but for those so small that local search can
+        # come to the optimum; very large ones are worth more.
+        self.tiny = self.size <= _TINY
+        share = 2.5 if self.tiny else min(1.0, max(0.15, self.size / 600)) + self.size / 20_000
         self.budget = effort_s * share * _SQUEEZED_PER_S
         self.spent = 0.0
         self.bound = lower_bound(problem) * (1 + 1e-12)
@@ -120,12 +125,13 @@ class Search:
     def _anneal(self) -> None:
         changes = int(max(0.0, self.budget - self.spent) / (_REPLAYED * self.size))
         restarts = max(1, min(8, changes // 1500))
+        temperatures = _TINY_TEMPERATURES if self.tiny else _TEMPERATURES
         for restart in range(restarts):
             if self.found[0][0] <= self.bound:
                 return
             start = self.found[restart // 2 % len(self.found)][2]
             search = Anneal(self.replay, start, restart)
-            search.run(changes // restarts, *_TEMPERATURES[restart % 3], self.bound)
+            search.run(changes // restarts, *temperatures[restart % 3], self.bound)
             self._keep(search.words)
 
     def _done(self, share: float) -> bool:
