@@ -53,9 +53,9 @@ class Search:
         self.effort_s = effort_s
         self.replay = Replay(problem)
         self.size = 3 * problem.num_stages * problem.num_microbatches
-        # The smaller a problem the less it takes, but for those so small that local search can
-        # come to the optimum; very large ones are worth more.
-        self.tiny = self.size <= _TINY
+        # The smaller a problem the less it takes, but for a V so small that local search can come
+        # to the optimum, and does so late; very large problems are worth more.
+        self.tiny = problem.chunks > 1 and problem.num_ranks > 2 and self.size <= _TINY
         share = 2.5 if self.tiny else min(1.0, max(0.15, self.size / 600)) + self.size / 20_000
         self.budget = effort_s * share * _SQUEEZED_PER_S
         self.spent = 0.0
