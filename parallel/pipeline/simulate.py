@@ -16,13 +16,29 @@ from phalanx.parallel.pipeline.graph import Kind, Op, Schedule
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Time of each stage's operations, in any unit, and of sending between two ranks."""
+class _PerStage:
+    """A number for each kind of operation of each stage."""
 
     f: tuple[float, ...]
     """By stage."""
     b: tuple[float, ...]
     w: tuple[float, ...]
+
+    def of(self, op: Op) -> float:
+        """An operation's number; that of a BW is B's and W's together."""
+        if op.kind is Kind.F:
+            return self.f[op.stage]
+        if op.kind is Kind.B:
+            return self.b[op.stage]
+        if op.kind is Kind.W:
+            return self.w[op.stage]
+        return self.b[op.stage] + self.w[op.stage]
+
+
+@dataclass(frozen=True)
+class Costs(_PerStage):
+    """Time of each stage's operations, in any unit, and of sending between two ranks."""
+
     hop: float = 0.0
     """From the end of an operation to the arrival of its result at another rank."""
 
@@ -34,16 +50,6 @@ class Costs:
         f_, b_, w_ = ((x / chunks,) * num_stages for x in (f, b, w))
         return cls(f_, b_, w_, hop)
 
-    def of(self, op: Op) -> float:
-        """An operation's time."""
-        if op.kind is Kind.F:
-            return self.f[op.stage]
-        if op.kind is Kind.B:
-            return self.b[op.stage]
-        if op.kind is Kind.W:
-            return self.w[op.stage]
-        return self.b[op.stage] + self.w[op.stage]
-
     def work(self, schedule: Schedule, rank: int) -> float:
         """Computing time of a rank in one step."""
         stages = schedule.stages_of(rank)
@@ -51,12 +57,8 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(_PerStage):
     """What one microbatch's operation adds to its rank's memory, by stage, in any unit."""
-
-    f: tuple[float, ...]
-    b: tuple[float, ...]
-    w: tuple[float, ...]
 
     @classmethod
     def uniform(cls, f: float, b: float, w: float, *, num_stages: int, chunks: int = 1) -> "Memory":
@@ -69,16 +71,6 @@ class Memory:
         """Counts microbatches held from F to W; a stage of a rank with n counts 1 / n."""
         held = [1 / len(schedule.stages_of(rank)) for rank in schedule.placement]
         return cls(tuple(held), (0.0,) * len(held), tuple(-x for x in held))
-
-    def of(self, op: Op) -> float:
-        """What an operation adds."""
-        if op.kind is Kind.F:
-            return self.f[op.stage]
-        if op.kind is Kind.B:
-            return self.b[op.stage]
-        if op.kind is Kind.W:
-            return self.w[op.stage]
-        return self.b[op.stage] + self.w[op.stage]
 
     def after(self, order: Sequence[Op]) -> list[float]:
         """Memory held after each operation of a rank."""
