@@ -43,6 +43,7 @@ def launch_local(
         "device_type": env.device_type(config, world_size),
         "threads": env.threads_per_rank(config, world_size),
         "timeout_s": config.timeout_s,
+        "node_size": config.ranks_per_node if config.emulate_nodes else world_size,
     }
     with ExitStack() as stack:
         job = _Job(world_size, log_dir, stack)

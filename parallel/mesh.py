@@ -7,6 +7,7 @@ ranks are neighbours (and so on one machine), pipeline stages the farthest apart
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from phalanx.parallel.comm_meter import CommMeter
 from phalanx.parallel.config import ParallelConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -15,9 +16,12 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 class Mesh:
     """This rank's place in the layout, and the groups it talks to."""
 
-    def __init__(self, world: DeviceMesh) -> None:
+    def __init__(self, world: DeviceMesh, *, ranks_per_node: int) -> None:
         assert world.mesh_dim_names == AXES, world.mesh_dim_names
         self.world = world
+        self.ranks_per_node = ranks_per_node
+        self.meter = CommMeter(rank=world.get_rank(), ranks_per_node=ranks_per_node)
+        """Counts what this rank sends."""
 
     def size(self, axis: str) -> int:
         """Ranks along an axis."""
@@ -51,12 +55,15 @@ class Mesh:
         return self.world.device_type
 
 
-def build_mesh(config: ParallelConfig, *, world_size: int, device_type: str) -> Mesh:
-    """Make the world mesh; collective.
+def build_mesh(
+    config: ParallelConfig, *, world_size: int, device_type: str, ranks_per_node: int | None = None
+) -> Mesh:
+    """Make the world mesh; collective. Without `ranks_per_node`, all ranks are one node.
 
     Raises:
         ValueError: the degrees do not multiply to `world_size`.
     """
     degrees = config.sized(world_size)
     shape = tuple(degrees[axis] for axis in AXES)
-    return Mesh(init_device_mesh(device_type, shape, mesh_dim_names=AXES))
+    world = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    return Mesh(world, ranks_per_node=ranks_per_node or world_size)

@@ -25,6 +25,8 @@ class Ranks:
     """Place among the ranks of this machine; the index of its GPU."""
     local_world_size: int = 1
     """Ranks on this machine."""
+    node_size: int | None = None
+    """Ranks that count as one node; empty = those on this machine."""
     init_method: str = "env://"
     """Where the ranks meet, as torch.distributed.init_process_group takes it."""
     device_type: str = "cpu"
@@ -33,6 +35,11 @@ class Ranks:
     """CPU threads for torch operators."""
     timeout_s: float = 600.0
     """Seconds until a collective that some rank never joined fails."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks that share a node's fast links; rank r belongs to node r // ranks_per_node."""
+        return self.node_size or self.local_world_size
 
     @property
     def device(self) -> torch.device:

@@ -118,6 +118,9 @@ class LaunchConfig:
     ranks_per_node: int | None = None
     """Ranks on each machine; empty = what the parallel degrees ask for, or with dp_shard=-1 the
     machine's GPUs (1 without any)."""
+    emulate_nodes: bool = False
+    """local: run all nodes' ranks on this machine, each ranks_per_node of them as a node of its
+    own, to try what several nodes do."""
     device: Device = Device.auto
     """cpu (gloo), cuda (NCCL, one GPU a rank), or auto: cuda where there is one for every rank."""
     threads_per_rank: int | None = None
@@ -137,10 +140,16 @@ class LaunchConfig:
                 raise ValueError(f"launch.{name}={value}: must be at least 1, or empty")
         if not 0 < self.timeout_s < float("inf"):
             raise ValueError(f"launch.timeout_s={self.timeout_s}: must be finite, above 0")
-        if self.nodes > 1 and self.launcher is Launcher.local:
+        if self.emulate_nodes and (self.launcher is not Launcher.local or not self.ranks_per_node):
+            raise ValueError(
+                "launch.emulate_nodes=true: plays nodes on one machine; it needs launch=local and "
+                "launch.ranks_per_node"
+            )
+        if self.nodes > 1 and self.launcher is Launcher.local and not self.emulate_nodes:
             raise ValueError(
                 f"launch.nodes={self.nodes}: launch=local starts ranks on this machine only; "
-                "use launch=torchrun on every node, or launch=ray"
+                "use launch=torchrun on every node, launch=ray, or launch.emulate_nodes=true to "
+                "play nodes here"
             )
 
 

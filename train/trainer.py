@@ -61,7 +61,10 @@ class Trainer:
         self.config = config
         self.ranks = ranks
         self.mesh = build_mesh(
-            config.parallel, world_size=ranks.world_size, device_type=ranks.device_type
+            config.parallel,
+            world_size=ranks.world_size,
+            device_type=ranks.device_type,
+            ranks_per_node=ranks.ranks_per_node,
         )
         self.run_dir = Path(config.run.dir)
         self.events = EventLog(self.run_dir / "events.jsonl" if ranks.rank == 0 else None)

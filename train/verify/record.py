@@ -39,7 +39,10 @@ def record(ranks: Ranks, config: Config, folder: Path, *, first: int, save_at: i
     """
     with process_group(ranks):
         mesh = build_mesh(
-            config.parallel, world_size=ranks.world_size, device_type=ranks.device_type
+            config.parallel,
+            world_size=ranks.world_size,
+            device_type=ranks.device_type,
+            ranks_per_node=ranks.ranks_per_node,
         )
         engine = Engine(config, mesh, ranks.device)
         defect = config.verify.inject
