@@ -1,11 +1,12 @@
-"""The peer of `phalanx bench step`: a training loop as one writes it by hand over FSDP2."""
+"""A peer of the benches: a training loop as one writes it by hand over FSDP2."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -15,6 +16,7 @@ from phalanx.train.config import Config
 from phalanx.train.data.source import Batch
 from phalanx.train.model.init import init_weights
 from phalanx.train.model.transformer import Transformer
+from phalanx.train.optim.config import OptimConfig
 from phalanx.train.optim.schedule import learning_rate
 
 
@@ -22,7 +24,9 @@ class PeerLoop:
     """Same model, data, precision, microbatches and ZeRO stage (gradients are reduced at the same
     moments); torch's own sharding, clipping and AdamW."""
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, *, root_stays: bool = False) -> None:
+        """`root_stays`: what no block holds (embedding, last norm, head) is gathered once a
+        microbatch and not freed before its backward, torch's default."""
         self.config = config
         self.device = ranks.device
         dtypes = torch_dtypes(config.precision)
@@ -37,6 +41,8 @@ class PeerLoop:
         }
         for block in self.model.layers.values():
             fully_shard(block, **options)
+        if root_stays:
+            options["reshard_after_forward"] = None
         fully_shard(self.model, **options)
         self.sharded = cast(FSDPModule, self.model)
         self.model.to_empty(device=ranks.device)
@@ -44,22 +50,7 @@ class PeerLoop:
         init_weights(self.model, config.model, seed=config.training.seed)
         # FSDP2 averages over ranks; the loss below is a share of a global mean.
         self.world_size = ranks.world_size
-        optim = config.optim
-        parameters = list(self.model.parameters())
-        matrices = [p for p in parameters if p.dim() >= 2]
-        vectors = [p for p in parameters if p.dim() < 2]
-        groups: list[dict[str, Any]] = [
-            {"params": matrices},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=optim.lr.peak,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        self.optimizer = adamw(self.model.parameters(), config.optim)
         rows = config.training.global_batch_size // ranks.world_size
         self.num_microbatches = rows // config.training.microbatch_size
 
@@ -69,6 +60,9 @@ class PeerLoop:
         for step in range(first, first + steps):
             loss = self._step(next(batches), step)
         return loss
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
     def _step(self, batch: Batch, step: int) -> float:
         count = torch.tensor([batch.num_valid], device=self.device)
@@ -101,3 +95,20 @@ class PeerLoop:
         self.optimizer.zero_grad()
         dist.all_reduce(total)
         return float(total.item())
+
+
+def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """Torch's AdamW, fused, with the run's settings; vectors do not decay."""
+    parameters = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2]},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr.peak,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )

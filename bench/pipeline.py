@@ -58,7 +58,11 @@ def bench(request: Request) -> list[Figure]:
     named(settings, Delays(0.0, 0.0, 0.0, 0.0))  # what is wrong is said before ranks start
     _note_load()
     launch = replace(
-        request.config.launch, device=Device.cpu, ranks_per_node=settings.ranks, threads_per_rank=1
+        request.config.launch,
+        device=Device.cpu,
+        ranks_per_node=settings.ranks,
+        emulate_nodes=False,
+        threads_per_rank=1,
     )
     run = {"world_size": settings.ranks, "config": launch}
     delays = request.launch(measure_delays, settings.seconds, **run)[0]

@@ -16,6 +16,7 @@ from phalanx.bench import emulated
 from phalanx.bench.delays import Delays, delays_now, no_collection
 from phalanx.bench.emulated import EmulatedStage, OpSeconds
 from phalanx.bench.peer_pipelining import PEERS, PeerPipeline
+from phalanx.parallel.comm_meter import CommMeter
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.executor import Inputs
 from phalanx.parallel.mesh import build_mesh
@@ -24,6 +25,7 @@ from phalanx.parallel.pipeline.prefix import PrefixSums
 from phalanx.parallel.pipeline.runtime import PipelineExecutor
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore
 from phalanx.parallel.ranks import Ranks, process_group
+from phalanx.parallel.zero.shard import Sharding
 
 SYNCED = ("auto_2x",)
 """Schedules that also run with the ranks meeting after each step: `NAME+barrier`, where all wait
@@ -140,15 +142,17 @@ def _executor(plan: Plan, schedule: Schedule) -> tuple[PipelineExecutor, OpSecon
     assert dist.group.WORLD is not None
     seconds = OpSeconds.share(plan.seconds, chunks=schedule.chunks)
     store = WeightGradientStore()
+    stages: dict[int, nn.Module] = {
+        index: EmulatedStage(seconds, store, first=index == 0)
+        for index in schedule.stages_of(dist.get_rank())
+    }
     executor = PipelineExecutor(
-        {
-            index: EmulatedStage(seconds, store, first=index == 0)
-            for index in schedule.stages_of(dist.get_rank())
-        },
+        stages,
+        shardings={index: Sharding(stage, []) for index, stage in stages.items()},
         schedule=schedule,
         store=store,
-        zero_stage=0,
         group=dist.group.WORLD,
+        meter=CommMeter(rank=dist.get_rank(), ranks_per_node=dist.get_world_size()),
         device=torch.device("cpu"),
         tokens=emulated.tokens(1).to("meta"),
         boundary=emulated.boundary(),

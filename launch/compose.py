@@ -109,6 +109,26 @@ def world_size(config: Config) -> int:
     return launch.nodes * gpus or parallel.fixed_degree
 
 
+def ranks_per_node(config: Config) -> int | None:
+    """Ranks that share a node; None where Ray is free to place them.
+
+    Raises:
+        ValueError: launch.nodes does not divide the ranks.
+    """
+    place, launch = env.torchrun_place(), config.launch
+    if place is not None:
+        return place.ranks_per_node
+    if launch.launcher is Launcher.ray and launch.nodes == 1:
+        return None
+    world = world_size(config)
+    if world % launch.nodes:
+        raise ValueError(
+            f"launch.nodes={launch.nodes}: does not divide the {world} ranks that the parallel "
+            "degrees ask for"
+        )
+    return world // launch.nodes
+
+
 def check(config: Config) -> None:
     """Every check that needs several parts, the machine or the files; before any rank starts.
 
@@ -120,13 +140,11 @@ def check(config: Config) -> None:
 
     world = world_size(config)
     check_pipeline(config, config.num_microbatches(world))
-    if world % config.launch.nodes:
-        raise ValueError(
-            f"launch.nodes={config.launch.nodes}: does not divide the {world} ranks that the "
-            "parallel degrees ask for"
-        )
+    per_node = ranks_per_node(config)
     if config.launch.launcher is not Launcher.ray:  # Ray's machines are not this one
-        env.device_type(config.launch, world // config.launch.nodes)
+        env.device_type(config.launch, env.ranks_here(config.launch, world))
+    if per_node is not None:
+        config.check_nodes(world, per_node)
     check_data(config.data, vocab_size=config.model.vocab_size, seq_len=config.training.seq_len)
     sample = config.monitor.sample
     if sample.tokens > 0:

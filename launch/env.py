@@ -23,6 +23,13 @@ class TorchrunPlace:
     world_size: int
     local_rank: int
     local_world_size: int
+    num_machines: int
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks that count as one node: this machine's where all have as many, else each alone."""
+        equal = self.local_world_size * self.num_machines == self.world_size
+        return self.local_world_size if equal else 1
 
 
 def torchrun_place(environ: Mapping[str, str] = os.environ) -> TorchrunPlace | None:
@@ -34,6 +41,7 @@ def torchrun_place(environ: Mapping[str, str] = os.environ) -> TorchrunPlace | N
         world_size=int(environ["WORLD_SIZE"]),
         local_rank=int(environ["LOCAL_RANK"]),
         local_world_size=int(environ["LOCAL_WORLD_SIZE"]),
+        num_machines=int(environ["GROUP_WORLD_SIZE"]),
     )
 
 
@@ -71,6 +79,14 @@ def gpu_count(environ: Mapping[str, str] = os.environ) -> int:
     return count
 
 
+def ranks_here(config: LaunchConfig, world_size: int) -> int:
+    """Ranks of this machine, of `world_size`."""
+    place = torchrun_place()
+    if place is not None:
+        return place.local_world_size
+    return world_size if config.emulate_nodes else -(-world_size // config.nodes)
+
+
 def device_type(config: LaunchConfig, local_world_size: int) -> str:
     """`cpu` or `cuda` for the ranks of this machine.
 
@@ -97,7 +113,7 @@ def resolve_device(config: LaunchConfig, world_size: int) -> Device:
         ValueError: launch.device=cuda without a GPU for each of this machine's ranks.
     """
     if config.launcher is not Launcher.ray:
-        return Device(device_type(config, -(-world_size // config.nodes)))
+        return Device(device_type(config, ranks_here(config, world_size)))
     if config.device is not Device.auto:
         return config.device
     from phalanx.launch.ray import cluster_device  # Ray is not always installed

@@ -48,6 +48,9 @@ def launch_ray(
         together = sorted(range(world_size), key=lambda index: nodes.index(nodes[index]))
         actors, places = ([part[index] for index in together] for part in (actors, places))
         nodes = [place.node for place in places]
+        # Nodes of unequal size: each rank counts as one.
+        sizes = {nodes.count(node) for node in nodes}
+        node_size = sizes.pop() if len(sizes) == 1 else 1
         init_method = ray.get(actors[0].open_store.remote(places[0].address))
         work = ray.cloudpickle.dumps((fn, args))
         around = (os.getcwd(), list(sys.path), None if log_dir is None else log_dir.absolute())
@@ -58,6 +61,7 @@ def launch_ray(
                 "world_size": world_size,
                 "local_rank": 0 if device == "cuda" else nodes[:rank].count(nodes[rank]),
                 "local_world_size": nodes.count(nodes[rank]),
+                "node_size": node_size,
                 "init_method": init_method,
                 "device_type": device,
             }

@@ -141,6 +141,7 @@ def run_as_worker(
         world_size=place.world_size,
         local_rank=place.local_rank,
         local_world_size=place.local_world_size,
+        node_size=place.ranks_per_node,
         init_method="env://",
         device_type=env.device_type(config, place.local_world_size),
         threads=env.threads_per_rank(config, place.local_world_size),

@@ -17,9 +17,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from phalanx.launch import env
-from phalanx.launch.compose import world_size
+from phalanx.launch.compose import ranks_per_node, world_size
 from phalanx.launch.failure import BadInput, user_input
 from phalanx.launch.hydra_app import Job, json_option, run
+from phalanx.launch.plan_flags import OPTIONS as PLAN_OPTIONS
 from phalanx.launch.schedule_flags import OPTIONS
 from phalanx.launch.start import launch
 from phalanx.train.config import Config, Launcher
@@ -84,6 +85,13 @@ def schedule(argv: Sequence[str]) -> None:
     do(argv)
 
 
+def plan(argv: Sequence[str]) -> None:
+    """Say what each way to divide the model costs."""
+    from phalanx.launch.plan_verb import plan as do
+
+    do(argv)
+
+
 def doctor(argv: Sequence[str]) -> None:
     """Look at the machine."""
     from phalanx.launch.doctor import doctor as do
@@ -96,9 +104,12 @@ BENCHES = {
     "startup": "phalanx.bench.startup",
     "pipeline": "phalanx.bench.pipeline",
     "wgrad": "phalanx.bench.wgrad",
+    "zero": "phalanx.bench.zero",
+    "slow_network": "phalanx.bench.slow_network",
+    "optim": "phalanx.bench.optim",
 }
 """Benches by name: a module with `bench(request) -> list of figures`."""
-WITHOUT_DATA = ("pipeline", "wgrad")
+WITHOUT_DATA = ("pipeline", "wgrad", "optim")
 """Benches that need no prepared data and no layout that divides."""
 
 VERBS: dict[str, Verb] = {
@@ -147,12 +158,15 @@ VERBS: dict[str, Verb] = {
     "bench": Verb(
         run=bench,
         usage=f"phalanx bench {'|'.join(BENCHES)} [--json FILE] [OVERRIDES]",
-        summary="measure: a step, the start-up, pipeline schedules, weight gradients",
+        summary="measure: a step, the start-up, pipelines, weight gradients, ZeRO, networks, optimizers",
         examples=(
             "phalanx bench step parallel.dp_shard=2 parallel.pp=1 --json step.json",
             "phalanx bench startup experiment=tiny",
             "phalanx bench pipeline bench.pipeline.forward_ms=10 --json pipeline.json",
             "phalanx bench wgrad training.seq_len=512",
+            "phalanx bench zero bench.ranks_per_node=4 --json zero.json",
+            "phalanx bench slow_network bench.slow_network.mbit=100",
+            "phalanx bench optim --json optim.json",
         ),
     ),
     "schedule": Verb(
@@ -166,6 +180,16 @@ VERBS: dict[str, Verb] = {
             "phalanx schedule parallel.pp=4 training.microbatch_size=1 --trace trace.json",
         ),
         options=OPTIONS,
+    ),
+    "plan": Verb(
+        run=plan,
+        usage="phalanx plan [--memory SIZE] [--json FILE] [OVERRIDES]",
+        summary="bytes that a rank holds and sends, for each way to divide parameters and states",
+        examples=(
+            "phalanx plan experiment=llama3_8b parallel.dp_shard=16 launch.nodes=2 --memory 80GiB",
+            "phalanx plan parallel.pp=1 parallel.dp_shard=8 zero=zeropp --json plan.json",
+        ),
+        options=PLAN_OPTIONS,
     ),
     "doctor": Verb(
         run=doctor,
@@ -190,7 +214,7 @@ def _train(job: Job) -> None:
         check_resume(config)
     if place is None or place.rank == 0:
         _write_config(config, folder)
-        for note in config.notes():
+        for note in config.notes(num_nodes=_num_nodes(config)):
             print(f"phalanx: note: {note}", file=sys.stderr)
     if config.launch.launcher is Launcher.torchrun and place is None:
         from phalanx.launch.torchrun import run_torchrun
@@ -204,6 +228,12 @@ def _train(job: Job) -> None:
         config=config.launch,
         log_dir=folder / "logs",
     )
+
+
+def _num_nodes(config: Config) -> int | None:
+    """Nodes of the run; None where Ray is free to choose."""
+    per_node = ranks_per_node(config)
+    return None if per_node is None else world_size(config) // per_node
 
 
 def _write_config(config: Config, folder: Path) -> None:

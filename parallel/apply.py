@@ -12,7 +12,7 @@ from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore, defer_weight_gradients
 from phalanx.parallel.plan import ModelPlan
-from phalanx.parallel.zero.shard import Dtypes, shard_model
+from phalanx.parallel.zero.shard import Sharder, Sharding
 
 
 def parallelize(
@@ -21,13 +21,13 @@ def parallelize(
     mesh: Mesh,
     *,
     config: ParallelConfig,
-    zero_stage: int,
-    dtypes: Dtypes,
+    sharder: Sharder,
     store: WeightGradientStore | None = None,
-) -> None:
+) -> Sharding:
     """TP with SP -> weight gradients' store -> activation checkpointing -> compile -> ZeRO.
 
-    In place; the model may lie on the meta device. Cutting it into pipeline stages comes before.
+    In place; the model may lie on the meta device, and then belongs on `sharder.master_device`.
+    Cutting it into pipeline stages comes before.
     With a `store`, weight gradients can be deferred; without, autograd computes them.
     """
     if mesh.size("tp") > 1:
@@ -39,7 +39,7 @@ def parallelize(
     if config.compile or config.activation_checkpoint is not ActivationCheckpoint.none:
         for block in plan.blocks:
             block.forward = _block_forward(block, config)  # type: ignore[method-assign]
-    shard_model(model, plan, mesh, stage=zero_stage, dtypes=dtypes)
+    return sharder.shard(model, plan)
 
 
 def _undeferred(config: ParallelConfig) -> str:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 class Traffic:
     """Bytes sent by one rank."""
 
-    inside: int = 0
-    """To ranks of its own node."""
-    between: int = 0
-    """To ranks of other nodes."""
+    inside: float = 0
+    """To ranks of its own node; a whole number, or NaN where it cannot be counted."""
+    between: float = 0
+    """To ranks of other nodes; likewise."""
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         """Over all links."""
         return self.inside + self.between
 
@@ -32,7 +32,13 @@ class CommMeter:
         self._node = rank // ranks_per_node
         self._rank = rank
         self._ranks_per_node = ranks_per_node
+        self._unseen: set[str] = set()
         self._traffic: dict[str, Traffic] = {}
+
+    def cannot_see(self, kind: str) -> None:
+        """Say that not all of this kind can be counted here: it is NaN from now on."""
+        self._unseen.add(kind)
+        self._traffic[kind] = _uncounted()
 
     def sent(self, kind: str, to: int, num_bytes: int) -> None:
         """Count `num_bytes` sent to world rank `to`."""
@@ -62,5 +68,10 @@ class CommMeter:
 
     def take(self) -> dict[str, Traffic]:
         """What was sent since the last call, by kind; counting begins anew."""
-        taken, self._traffic = self._traffic, {}
+        taken = self._traffic
+        self._traffic = {kind: _uncounted() for kind in self._unseen}
         return taken
+
+
+def _uncounted() -> Traffic:
+    return Traffic(inside=float("nan"), between=float("nan"))

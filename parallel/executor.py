@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from phalanx.parallel.zero.shard import before_backward
+from phalanx.parallel.zero.shard import Sharding
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """(output, target) of a microbatch -> its share of the step's loss, to be summed."""
@@ -53,10 +53,10 @@ class Executor(Protocol):
 class WholeModelExecutor:
     """Gradient accumulation over microbatches on a rank that holds every layer."""
 
-    def __init__(self, model: nn.Module, *, num_microbatches: int, zero_stage: int) -> None:
+    def __init__(self, model: nn.Module, sharding: Sharding, *, num_microbatches: int) -> None:
         self.model = model
         self.num_microbatches = num_microbatches
-        self.zero_stage = zero_stage
+        self.sharding = sharding
 
     def backward(self, inputs: Inputs, loss_fn: LossFn) -> Tensor:
         """See `Executor.backward`."""
@@ -64,7 +64,7 @@ class WholeModelExecutor:
         microbatches = inputs.split(self.num_microbatches)
         for index, part in enumerate(microbatches):
             last = index == len(microbatches) - 1
-            before_backward(self.model, stage=self.zero_stage, last=last)
+            self.sharding.before_backward(last=last)
             loss = loss_fn(self.model(part.tokens_BS, **part.extra), part.target_BS)
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()

@@ -39,11 +39,17 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
-    """`run_ranks(fn, *args, world_size=4)`: each rank's result of fn(ranks, *args), on the CPU."""
+    """`run_ranks(fn, *args, world_size=4, nodes=1)`: each rank's result of fn(ranks, *args), on the
+    CPU, as on so many nodes."""
 
-    def run(fn: Callable[..., Any], *args: Any, world_size: int = 4) -> list[Any]:
+    def run(fn: Callable[..., Any], *args: Any, world_size: int = 4, nodes: int = 1) -> list[Any]:
         config = LaunchConfig(
-            ranks_per_node=world_size, device=Device.cpu, threads_per_rank=1, timeout_s=60.0
+            nodes=nodes,
+            ranks_per_node=world_size // nodes,
+            emulate_nodes=True,
+            device=Device.cpu,
+            threads_per_rank=1,
+            timeout_s=60.0,
         )
         return launch(fn, *args, world_size=world_size, config=config, log_dir=tmp_path / "logs")
 

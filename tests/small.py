@@ -63,7 +63,12 @@ def make_config(
 
 def make_engine(ranks: Ranks, config: Config) -> Engine:
     """This rank's part of the layout; collective, in a process group."""
-    mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type="cpu")
+    mesh = build_mesh(
+        config.parallel,
+        world_size=ranks.world_size,
+        device_type="cpu",
+        ranks_per_node=ranks.ranks_per_node,
+    )
     return Engine(config, mesh, ranks.device)
 
 

@@ -12,7 +12,8 @@ from phalanx.parallel.pipeline.graph import Schedule
 from phalanx.parallel.pipeline.runtime import PipelineExecutor
 from phalanx.parallel.pipeline.tied import TiedWeight, share_memory
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore
-from phalanx.parallel.zero.shard import Dtypes
+from phalanx.parallel.zero.shard import Sharder, Sharding
+from phalanx.parallel.zero.unit import Dtypes
 from phalanx.train.config import Config, Precision, PrecisionConfig
 from phalanx.train.data.source import BatchSource
 from phalanx.train.model.init import init_weights
@@ -42,6 +43,8 @@ class Model:
 
     stages: dict[int, nn.Module]
     """Modules by stage number; {0: the whole model} without a pipeline."""
+    shardings: dict[int, Sharding]
+    """How data-parallel ranks divide each."""
     executor: Executor
     """Runs them."""
     parameters: dict[str, nn.Parameter]
@@ -60,28 +63,34 @@ class Model:
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> Model:
     """Build on the meta device, parallelize, then make and fill only this rank's shards."""
-    dtypes = torch_dtypes(config.precision)
+    sharder = Sharder(mesh, config.zero, torch_dtypes(config.precision))
     if config.parallel.pp == 1:
-        stage = _stage(config, mesh, device, dtypes, range(config.model.num_layers), None)
+        stage, sharding = _stage(config, mesh, sharder, range(config.model.num_layers), None)
         executor: Executor = WholeModelExecutor(
-            stage,
-            num_microbatches=config.num_microbatches(mesh.world.size()),
-            zero_stage=config.zero.stage,
+            stage, sharding, num_microbatches=config.num_microbatches(mesh.world.size())
         )
-        parameters = dict(stage.named_parameters())
-        return Model(stages={0: stage}, executor=executor, parameters=parameters, tied=None)
+        return Model(
+            stages={0: stage},
+            shardings={0: sharding},
+            executor=executor,
+            parameters=dict(stage.named_parameters()),
+            tied=None,
+        )
     plan = plan_pipeline(config, config.num_microbatches(mesh.world.size()))
     store = WeightGradientStore()
     # Compiled code is cut into pieces for the store: only where a schedule gains by it.
     whole = config.parallel.compile and not _may_split(config, plan.schedule)
-    stages: dict[int, nn.Module] = {
-        index: _stage(config, mesh, device, dtypes, plan.cuts[index], None if whole else store)
-        for index in plan.schedule.stages_of(mesh.rank("pp"))
-    }
+    stages: dict[int, nn.Module] = {}
+    shardings: dict[int, Sharding] = {}
+    for index in plan.schedule.stages_of(mesh.rank("pp")):
+        stages[index], shardings[index] = _stage(
+            config, mesh, sharder, plan.cuts[index], None if whole else store
+        )
     parameters, tied = _parameters(stages, config, plan.schedule)
     return Model(
         stages=stages,
-        executor=_pipeline_executor(config, mesh, device, stages, plan.schedule, store),
+        shardings=shardings,
+        executor=_pipeline_executor(config, mesh, device, stages, shardings, plan.schedule, store),
         parameters=parameters,
         tied=tied,
     )
@@ -95,27 +104,25 @@ def _may_split(config: Config, schedule: Schedule) -> bool:
 def _stage(
     config: Config,
     mesh: Mesh,
-    device: torch.device,
-    dtypes: Dtypes,
+    sharder: Sharder,
     layers: range,
     store: WeightGradientStore | None,
-) -> Transformer:
+) -> tuple[Transformer, Sharding]:
     """Some layers of the model, this rank's shards filled."""
     with torch.device("meta"):
-        stage = Transformer(config.model, layers=layers).to(dtypes.params)
-    parallelize(
+        stage = Transformer(config.model, layers=layers).to(TORCH_DTYPES[config.precision.params])
+    sharding = parallelize(
         stage,
         plan_for(stage),
         mesh,
         config=config.parallel,
-        zero_stage=config.zero.stage,
-        dtypes=dtypes,
+        sharder=sharder,
         store=store,
     )
-    stage.to_empty(device=device)
+    stage.to_empty(device=sharder.master_device)
     stage.tie_weights()
     init_weights(stage, config.model, seed=config.training.seed)
-    return stage
+    return stage, sharding
 
 
 def _parameters(
@@ -155,6 +162,7 @@ def _pipeline_executor(
     mesh: Mesh,
     device: torch.device,
     stages: dict[int, nn.Module],
+    shardings: dict[int, Sharding],
     schedule: Schedule,
     store: WeightGradientStore,
 ) -> PipelineExecutor:
@@ -162,10 +170,11 @@ def _pipeline_executor(
     compute = TORCH_DTYPES[config.precision.compute]
     return PipelineExecutor(
         stages,
+        shardings=shardings,
         schedule=schedule,
         store=store,
-        zero_stage=config.zero.stage,
         group=mesh.group("pp"),
+        meter=mesh.meter,
         device=device,
         tokens=torch.empty(batch, config.training.seq_len, dtype=torch.int64, device="meta"),
         boundary=_meta(batch, config.training.seq_len // tp, config.model.dim, dtype=compute),

@@ -6,10 +6,12 @@ from enum import Enum
 from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
-from phalanx.parallel.zero.config import ZeroConfig
+from phalanx.parallel.zero.config import Offload, ZeroConfig
+from phalanx.parallel.zero.partition import Extent, data_ranks_per_node
 from phalanx.train.bench_config import BenchConfig
 from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
+from phalanx.train.optim.blocks import check_column_cut
 from phalanx.train.optim.config import OptimConfig
 
 
@@ -304,9 +306,16 @@ class Config:
         ):
             if size % tp:
                 raise ValueError(f"parallel.tp={tp}: does not divide {key}={size}")
+        heads = self.model.num_heads * self.model.size_of_head
+        for name, columns in (("attention.wo", heads), ("feed_forward.w2", self.model.ffn_dim)):
+            shape = (self.model.dim, columns)
+            check_column_cut(self.optim.name, f"{name}.weight", shape, parts=tp)
 
-    def notes(self) -> list[str]:
-        """Settings that do something else than their name says in this layout, or nothing."""
+    def notes(self, *, num_nodes: int | None = None) -> list[str]:
+        """Settings that do something else than their name says in this layout, or nothing.
+
+        `num_nodes`: of the run; None where nobody knows yet.
+        """
         notes = []
         warmup, steps = self.optim.lr.warmup_steps, self.training.steps
         if warmup >= steps:
@@ -315,11 +324,9 @@ class Config:
                 f"optim.lr.warmup_steps={warmup}: with training.steps={steps} the learning rate "
                 f"{when} reaches its peak"
             )
-        stage = self.zero.stage
-        sharded = self.parallel.dp_shard != 1 or self.parallel.dp_replicate != 1
         notes += self.pipeline.notes(self.parallel.pp, self.training.steps)
-        if not sharded and stage != ZeroConfig().stage:
-            notes.append(f"zero.stage={stage}: no effect with one data-parallel rank")
+        sharded = self.parallel.dp_shard != 1 or self.parallel.dp_replicate != 1
+        notes += self._notes_of_zero(sharded, num_nodes)
         if not sharded and self.precision.reduce is not PrecisionConfig().reduce:
             notes.append(
                 f"precision.reduce={self.precision.reduce.name}: no effect with one "
@@ -330,13 +337,36 @@ class Config:
                 "pipeline.post_validation=true: with model.tie_embeddings=true the first and the "
                 "last pipeline rank still wait for each other at each step, for the tied gradient"
             )
-        held = stage < 2 or self.parallel.dp_replicate != 1
+        held = self.zero.extents.grads is not Extent.all or self.parallel.dp_replicate != 1
         if sharded and held and self.precision.reduce is Precision.bf16:
             notes.append(
                 "precision.reduce=bf16: gradients that wait for a step's last microbatch are also "
                 "added up in bf16 here; with many microbatches use fp32"
             )
         return notes
+
+    def _notes_of_zero(self, sharded: bool, num_nodes: int | None) -> list[str]:
+        notes = []
+        if not sharded and self.zero.stage != ZeroConfig().stage:
+            notes.append(f"zero.stage={self.zero.stage}: no effect with one data-parallel rank")
+        if self.zero.offload is Offload.cpu and self.launch.device is Device.cpu:
+            notes.append("zero.offload=cpu: no effect with launch.device=cpu")
+        if self.parallel.dp_shard == 1:
+            return notes + [
+                f"{setting}: no effect with parallel.dp_shard=1, which divides nothing"
+                for setting in self.zero.settings_beside_stage()
+            ]
+        return notes + self.zero.notes(num_nodes)
+
+    def check_nodes(self, world_size: int, ranks_per_node: int) -> None:
+        """Whether ZeRO's settings fit `world_size` ranks of which so many share a node.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        degrees = self.parallel.sized(world_size)
+        shards, tp = degrees["dp_shard"], degrees["tp"]
+        self.zero.check_nodes(shards, data_ranks_per_node(shards, tp, ranks_per_node))
 
     def num_microbatches(self, world_size: int) -> int:
         """Microbatches that each data-parallel rank computes in a step.

@@ -19,6 +19,8 @@ def global_valid_tokens(num_valid: int, mesh: Mesh) -> int:
     count = torch.tensor([num_valid], dtype=torch.int64, device=mesh.device_type)
     for axis in ("dp_shard", "dp_replicate"):
         if mesh.size(axis) > 1:
+            ranks = dist.get_process_group_ranks(mesh.group(axis))
+            mesh.meter.all_reduced("control", ranks, count.nbytes)
             dist.all_reduce(count, group=mesh.group(axis))
     return max(1, int(count.item()))
 
@@ -28,7 +30,8 @@ def token_loss(mesh: Mesh, num_valid: int) -> LossFn:
     group = mesh.group("tp") if mesh.size("tp") > 1 else None
 
     def loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-        return cross_entropy_sum(logits_BSV.flatten(0, 1), labels_BS.flatten(), group) / num_valid
+        logits_NV, labels_N = logits_BSV.flatten(0, 1), labels_BS.flatten()
+        return cross_entropy_sum(logits_NV, labels_N, group, meter=mesh.meter) / num_valid
 
     return loss
 
@@ -40,5 +43,6 @@ def world_sums(values: list[float | Tensor], mesh: Mesh) -> list[float]:
     ranks hold what.
     """
     bins = torch.stack([bins_of(torch.as_tensor(v, device=mesh.device_type)) for v in values])
+    mesh.meter.all_reduced("control", range(mesh.world.size()), bins.nbytes)
     dist.all_reduce(bins)
     return [total(row) for row in bins.cpu()]

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from phalanx.fault.events import json_line, read_lines
+from phalanx.parallel.comm_meter import Traffic
 
 PARTS = ("data", "forward_backward", "comm_wait", "optimizer", "checkpoint")
 """What the seconds of a step are split into; what is left over went to none of them."""
@@ -41,8 +42,19 @@ class StepRecord:
     """Wall-clock time of the whole step."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """Seconds by part, as StepTimer.take gives them; NaN = not measurable on this device."""
+    traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    """What rank 0 sent, by kind; NaN = cannot be counted."""
     pipeline: Mapping[str, float] = field(default_factory=dict)
     """Figures of PipelineWatch.measured; empty = no prediction yet."""
+
+
+def traffic_figures(traffic: Mapping[str, Traffic]) -> dict[str, float]:
+    """Bytes by kind and link, as `params_inside_bytes`, `params_between_bytes`, ..."""
+    figures: dict[str, float] = {}
+    for kind, sent in sorted(traffic.items()):
+        figures[f"{kind}_inside_bytes"] = sent.inside
+        figures[f"{kind}_between_bytes"] = sent.between
+    return figures
 
 
 class MetricsLog:
@@ -72,8 +84,10 @@ class MetricsLog:
         self.last_step = step
 
     def write_step(self, record: StepRecord) -> None:
-        """Append a step's record, with its parts as `data_s`, `forward_backward_s`, ..., and the
-        pipeline's figures as `pipeline_step_s_measured`, ..."""
+        """Append a step's record, with its parts as `data_s`, `forward_backward_s`, ..., its
+        traffic as `comm_params_inside_bytes`, ..., and the pipeline's figures as
+        `pipeline_step_s_measured`, ..."""
+        traffic = traffic_figures(record.traffic)
         self.write(
             record.step,
             {
@@ -83,6 +97,7 @@ class MetricsLog:
                 "tokens": record.tokens,
                 "seconds": record.seconds,
                 **{f"{part}_s": seconds for part, seconds in record.parts.items()},
+                **{f"comm_{name}": value for name, value in traffic.items()},
                 **{f"pipeline_{name}": value for name, value in record.pipeline.items()},
             },
         )

@@ -12,6 +12,7 @@ from typing import Any
 from phalanx.checkpoint.folders import complete_folders
 from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest, read_manifest
 from phalanx.train.config import Config
+from phalanx.train.optim.config import OptimizerName
 
 KIND = "training"
 """meta["kind"] of a checkpoint that a run can go on from; "weights" holds parameters alone."""
@@ -81,8 +82,8 @@ def check_continues(meta: dict[str, Any], config: Config) -> int:
     """The step that a run goes on from.
 
     Raises:
-        ValueError: the samples seen so far are no whole number of this run's batches, or the
-            order of samples would not be the one that the saved run followed.
+        ValueError: the samples seen so far are no whole number of this run's batches, the order of
+            samples would not be the one that the saved run followed, or its optimizer was another.
     """
     step, samples = int(meta["step"]), int(meta["samples"])
     size = config.training.global_batch_size
@@ -100,6 +101,14 @@ def check_continues(meta: dict[str, Any], config: Config) -> int:
                 f"training.{key}={value}: the checkpoint was made with {saved[key]}, and another "
                 "value would repeat or skip samples; keep it, or start a new run.dir"
             )
+    name = config.optim.name.name
+    before = meta.get("config", {}).get("optim", {}).get("name", OptimizerName.adamw.name)
+    if before != name:
+        raise ValueError(
+            f"optim.name={name}: the checkpoint was made with {before}, whose states have another "
+            "form; keep it, or start a new run.dir from the weights alone (phalanx checkpoint "
+            "export, then import)"
+        )
     return step
 
 

@@ -18,7 +18,8 @@ from phalanx.parallel.pipeline.simulate import Costs, Memory
 from phalanx.train.config import Config, Precision
 from phalanx.train.model.config import ModelConfig
 
-_BYTES = {Precision.fp64: 8, Precision.fp32: 4, Precision.bf16: 2}
+BYTES = {Precision.fp64: 8, Precision.fp32: 4, Precision.bf16: 2}
+"""Of a number."""
 
 
 def layer_matmul_params(config: ModelConfig) -> int:
@@ -99,13 +100,13 @@ def _layer_bytes(config: Config) -> tuple[float, float]:
     }[config.parallel.activation_checkpoint]
     inputs = 2 * model.dim + query + model.ffn_dim
     norms = 4 * model.dim
-    size = _BYTES[config.precision.compute]
+    size = BYTES[config.precision.compute]
     return size * saved, size * (inputs + matmuls + norms)
 
 
 def _head_bytes(config: Config) -> tuple[float, float]:
     """What norm, head and loss save a token from F to B, and from B to W."""
-    size = _BYTES[config.precision.compute]
-    loss_size = max(size, _BYTES[Precision.fp32])
+    size = BYTES[config.precision.compute]
+    loss_size = max(size, BYTES[Precision.fp32])
     dim, vocab = config.model.dim, config.model.vocab_size
     return 2 * size * dim + loss_size * vocab, size * (3 * dim + vocab)

@@ -16,13 +16,13 @@ from phalanx.parallel.grad_norm import (
 )
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.pipeline.runtime import PipelineExecutor
-from phalanx.parallel.zero.shard import free_gathered
 from phalanx.train.build import Model, build_model
 from phalanx.train.config import Config
 from phalanx.train.data.source import Batch
 from phalanx.train.gradients import Gradients
 from phalanx.train.loss import global_valid_tokens, token_loss, world_sums
 from phalanx.train.optim.adamw import AdamW
+from phalanx.train.optim.registry import make_optimizer
 from phalanx.train.post_validation import Action, PostValidation
 
 
@@ -38,13 +38,14 @@ class Engine:
         self.mesh = mesh
         self.device = device
         self.model: Model = build_model(config, mesh, device)
-        self.optimizer = AdamW(self.model.parameters, config.optim)
+        self.optimizer = make_optimizer(self.model.parameters, config.optim)
         self._settled: list[Gradients] = []
         self._post: PostValidation | None = None
         if config.pipeline.post_validation and config.parallel.pp > 1:
             executor = self.model.executor
             assert isinstance(executor, PipelineExecutor)
             executor.before_backward = self.settle
+            assert isinstance(self.optimizer, AdamW), "OptimConfig.check_undoable"
             self._post = PostValidation(
                 mesh,
                 self.optimizer,
@@ -91,8 +92,6 @@ class Engine:
                 clip_gradients(self.model.parameters.values(), gradients.norm, limit)
             self.optimizer.step(lr)
             self._settled.append(gradients)
-        if self.model.tied is not None:
-            self.model.tied.follow()
 
     def settle(self) -> bool:
         """Make the last `update` final, where it is not yet; every pipeline rank must come here.
@@ -109,8 +108,6 @@ class Engine:
         if self._post is None or not self._post.pending:
             return False
         gradients, action = self._post.check()
-        if self.model.tied is not None:
-            self.model.tied.follow()
         if action is Action.skip:
             raise FloatingPointError(self._blame(gradients))
         self._settled.append(gradients)
@@ -181,7 +178,8 @@ class Engine:
         return loss if self.mesh.rank("tp") == 0 else torch.zeros_like(loss)
 
     def _after_forward(self) -> None:
-        free_gathered(list(self.model.stages.values()))
+        for sharding in self.model.shardings.values():
+            sharding.forget()
         for module in self.model.stages.values():
             module.train()
 

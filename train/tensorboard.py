@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from phalanx.train.config import Config
-from phalanx.train.metrics import StepRecord
+from phalanx.train.metrics import StepRecord, traffic_figures
 
 HPARAM_METRICS = ("train/loss", "eval/loss", "perf/tokens_per_s")
 """Curves that the hyperparameter page sets runs side by side with."""
@@ -34,8 +34,8 @@ def flat_hyperparameters(config: Any, prefix: str = "") -> dict[str, str | float
 
 
 class TensorBoardLog:
-    """Writes a run's curves and texts; tags stand in the groups train, eval, perf, time and
-    pipeline."""
+    """Writes a run's curves and texts; tags stand in the groups train, eval, perf, time, comm
+    and pipeline."""
 
     def __init__(self, folder: Path, config: Config, *, first_step: int) -> None:
         """Go on at `first_step`: what earlier processes wrote of it and later steps is hidden."""
@@ -65,6 +65,11 @@ class TensorBoardLog:
             for part, seconds in record.parts.items()
             if seconds == seconds
         }
+        if record.traffic:
+            figures = traffic_figures(record.traffic)
+            for link in ("inside", "between"):
+                figures[f"{link}_bytes"] = sum(getattr(t, link) for t in record.traffic.values())
+            scalars |= {f"comm/{n}": value for n, value in figures.items() if value == value}
         scalars |= {f"pipeline/{name}": value for name, value in record.pipeline.items()}
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, record.step)

@@ -15,6 +15,7 @@ from phalanx.fault.signals import StopRequest
 from phalanx.parallel.comm_timer import CommTimer
 from phalanx.parallel.mesh import build_mesh
 from phalanx.parallel.ranks import Ranks, process_group
+from phalanx.parallel.tensor.traffic import TensorTraffic
 from phalanx.train.build import batch_source
 from phalanx.train.config import Config
 from phalanx.train.data.source import Batch, BatchSource, Prefetcher
@@ -60,6 +61,7 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config = config
         self.ranks = ranks
+        config.check_nodes(ranks.world_size, ranks.ranks_per_node)  # known before, but for Ray's
         self.mesh = build_mesh(
             config.parallel,
             world_size=ranks.world_size,
@@ -85,6 +87,11 @@ class Trainer:
         )
         self.comm = CommTimer(device_type=ranks.device_type)
         self.timer = StepTimer(ranks.device, comm=self.comm)
+        self.tensor_traffic = TensorTraffic(
+            self.mesh.meter,
+            tensor_parallel=config.parallel.tp > 1,
+            compiled=config.parallel.compile,
+        )
         self.pipeline = PipelineWatch(
             config,
             self.engine.model.executor,
@@ -109,9 +116,9 @@ class Trainer:
         )
         stopped: str | None = None
         try:
-            with self.comm, window:
+            with self.comm, self.tensor_traffic, window:
                 self._catch_up(done)
-                self.timer.restart()
+                self._restart_clocks()
                 while done < steps and stopped is None:
                     with self.timer("data"):
                         batch = next(batches)
@@ -161,12 +168,13 @@ class Trainer:
             tokens=tokens,
             seconds=seconds,
             parts=parts,
+            traffic=self.mesh.meter.take(),
             pipeline=self.pipeline.measured(parts),
         )
         self._open.append((step, record))
         stopping |= self._log_settled()
         if self.pipeline.after_step(step):
-            self.timer.restart()
+            self._restart_clocks()
         if self._save_is_due(step + 1):
             # After its line is on disk: no resume finds a checkpoint whose steps were not logged.
             # The seconds are charged to the next line.
@@ -235,10 +243,15 @@ class Trainer:
         """What is due after `done` steps, outside the time that steps are charged with."""
         if self._evaluation_is_due(done):
             self._evaluate(done)
-            self.timer.restart()
+            self._restart_clocks()
         if self._sample_is_due(done):
             self._sample(done)
-            self.timer.restart()
+            self._restart_clocks()
+
+    def _restart_clocks(self) -> None:
+        """Leave what came since the last step out of the next one."""
+        self.timer.restart()
+        self.mesh.meter.take()
 
     def _catch_up(self, done: int) -> None:
         """Evaluate and sample where the run before was stopped between a save and that."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
+from phalanx.parallel.comm_meter import CommMeter
 from phalanx.parallel.pipeline.graph import Kind
 from phalanx.parallel.pipeline.traffic import Channel, Message, Traffic, channels_of
 
@@ -26,9 +27,14 @@ class Channels:
     """One pipeline rank's ends of its channels, and what passes between stages of its own."""
 
     def __init__(
-        self, group: dist.ProcessGroup, placement: Sequence[int], device: torch.device
+        self,
+        group: dist.ProcessGroup,
+        placement: Sequence[int],
+        device: torch.device,
+        meter: CommMeter,
     ) -> None:
         """Make the channels' process groups; collective over `group`, the pipeline ranks."""
+        self._meter = meter
         self.rank = group.rank()
         self.placement = tuple(placement)
         self.device = device
@@ -82,6 +88,7 @@ class Channels:
             self._local[message] = tensor
             return
         tensor = tensor.contiguous()
+        self._meter.sent("pipeline", self._members[receiver], tensor.nbytes)
         work = dist.isend(tensor, self._members[receiver], group=self._groups[self.rank, receiver])
         assert work is not None
         while self._sending:  # gloo does not say before it is waited for

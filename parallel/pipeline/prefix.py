@@ -43,6 +43,8 @@ class PrefixSums:
             use_local_synchronization=True,
             group_desc="post-validation",
         )
+        self._meter = mesh.meter
+        self._members = dist.get_process_group_ranks(self._pipeline)
         self._sending: list[tuple[dist.Work, Tensor]] = []
         self._whole: tuple[dist.Work | None, Tensor] | None = None
 
@@ -62,6 +64,8 @@ class PrefixSums:
         assert self._whole is None, "the sums before were not asked for"
         mine = torch.stack([bins_of(torch.as_tensor(v, device=self._device)) for v in values])
         if self._stage is not None:
+            ranks = dist.get_process_group_ranks(self._stage)
+            self._meter.all_reduced("control", ranks, mine.nbytes)
             dist.all_reduce(mine, group=self._stage)
         sums = mine.cpu()
         if self._rank > 0:
@@ -88,6 +92,7 @@ class PrefixSums:
         return [total(bins) for bins in sums]
 
     def _send(self, sums: Tensor, receiver: int) -> dist.Work:
+        self._meter.sent("control", self._members[receiver], sums.nbytes)
         work = dist.isend(sums, group=self._pipeline, group_dst=receiver)
         assert work is not None
         return work

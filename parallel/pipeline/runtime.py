@@ -11,19 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from phalanx.parallel.comm_meter import CommMeter
 from phalanx.parallel.executor import Inputs, LossFn
 from phalanx.parallel.pipeline.channels import Channels
 from phalanx.parallel.pipeline.cut import forwards_before_backward
 from phalanx.parallel.pipeline.graph import Kind, Op, Schedule
 from phalanx.parallel.pipeline.traffic import needed_by, result_of, sent_by, traffic
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore
-from phalanx.parallel.zero.deferred import (
-    after_weight_gradient,
-    before_input_gradient,
-    forget_forward,
-    prefetch_in_backward,
-)
-from phalanx.parallel.zero.shard import before_backward, free_gathered
+from phalanx.parallel.zero.shard import Sharding
 
 
 class PipelineExecutor:
@@ -38,10 +33,11 @@ class PipelineExecutor:
         self,
         stages: dict[int, nn.Module],
         *,
+        shardings: dict[int, Sharding],
         schedule: Schedule,
         store: WeightGradientStore,
-        zero_stage: int,
         group: dist.ProcessGroup,
+        meter: CommMeter,
         device: torch.device,
         tokens: Tensor,
         boundary: Tensor,
@@ -52,7 +48,7 @@ class PipelineExecutor:
         assert tuple(stages) == schedule.stages_of(self.rank), "stages of another placement"
         self.stages = stages
         self.store = store
-        self.zero_stage = zero_stage
+        self.shardings = shardings
         self.device = device
         self.tokens, self.boundary, self.output = tokens, boundary, output
         self.recorder: Callable[[Op], AbstractContextManager[None]] = _no_record
@@ -60,12 +56,10 @@ class PipelineExecutor:
         self.before_backward: Callable[[], bool] | None = None
         """Called once a step, after the forwards that `forwards_before_backward` counts and before
         anything else. True: they are void, and the step begins anew. The same on every rank."""
-        self._channels = Channels(group, schedule.placement, device)
+        self._channels = Channels(group, schedule.placement, device, meter)
         self._schedule = schedule
         self._traffic = traffic(schedule.placement, schedule.orders, self.rank)
         self._cut: tuple[int, ...] | None = None
-        for module in stages.values():
-            prefetch_in_backward(module)
 
     @property
     def schedule(self) -> Schedule:
@@ -135,7 +129,8 @@ class PipelineExecutor:
             void[sender] = sum(self._schedule.placement[m.stage] == self.rank for m in sent)
         self._channels.restart(void)
         # Parameters may have changed since they were gathered.
-        free_gathered(list(self.stages.values()))
+        for sharding in self.shardings.values():
+            sharding.forget()
 
 
 class _Step:
@@ -187,22 +182,21 @@ class _Step:
                 self._check(y, self.executor.output, op)
                 y = self.loss_fn(y, part.target_BS)
                 self.losses[op.microbatch] = y.detach()
-        forget_forward(module)
         self.kept[op.stage, op.microbatch] = x, y
         self._send(op, y)
 
     def _backward(self, op: Op) -> None:
-        executor, module = self.executor, self.executor.stages[op.stage]
+        executor, sharding = self.executor, self.executor.shardings[op.stage]
         x, y = self.kept.pop((op.stage, op.microbatch))
         grad = self._receive(op)
         with executor.recorder(op):
             if op.kind is Kind.B:
-                before_input_gradient(module, stage=executor.zero_stage)
+                sharding.before_input_gradient()
                 with executor.store.deferring():
                     torch.autograd.backward(y, grad)
                 self.deferred[op.stage, op.microbatch] = executor.store.take()
             else:
-                before_backward(module, stage=executor.zero_stage, last=self._is_last(op))
+                sharding.before_backward(last=self._is_last(op))
                 torch.autograd.backward(y, grad)
         # Weight gradients that are put off may keep `x`, and with it its gradient.
         grad, x.grad = x.grad, None
@@ -212,9 +206,7 @@ class _Step:
         executor = self.executor
         with executor.recorder(op):
             self.deferred.pop((op.stage, op.microbatch))()
-            after_weight_gradient(
-                executor.stages[op.stage], stage=executor.zero_stage, last=self._is_last(op)
-            )
+            executor.shardings[op.stage].after_weight_gradient(last=self._is_last(op))
 
     def _is_last(self, op: Op) -> bool:
         """Whether an operation is the last of its kind on its stage; all take microbatches in

@@ -17,8 +17,7 @@ class TiedWeight:
 
     On two ranks each has a copy. A rank that holds both stages (a V placement's first) has two
     parameters over one memory, so that both stages' gradients add up in their own order: only
-    `parameter` is optimized, saved and counted. An unevenly cut shard does not stay one memory:
-    FSDP2 moves each to padded memory of its own in the first forward pass.
+    `parameter` is optimized, saved and counted.
     """
 
     name: str
@@ -46,21 +45,11 @@ class TiedWeight:
         self.parameter.grad += self.twin.grad
         self.twin.grad = None
 
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Give the last stage's parameter the first one's values, where FSDP2 parted them; to be
-        called whenever those changed."""
-        if self.twin is None:
-            return
-        parameter, twin = _local(self.parameter), _local(self.twin)
-        if twin.data_ptr() != parameter.data_ptr():
-            twin.copy_(parameter)
-
 
 def share_memory(parameter: nn.Parameter, stage: nn.Module, fqn: str) -> nn.Parameter:
     """Give `stage` a parameter `fqn` of its own over the memory of `parameter`.
 
-    After both are filled and before the first forward pass, in which FSDP2 takes it over.
+    After both are filled and before the first forward pass, in which ZeRO takes it over.
     """
     module, _, name = fqn.rpartition(".")
     twin = nn.Parameter(parameter.detach())
@@ -77,6 +66,7 @@ def _add_across_ranks(parameter: Tensor, mesh: Mesh, first: int, last: int) -> N
     is_first = mesh.rank("pp") == first
     peer = last if is_first else first
     theirs = torch.empty_like(mine)
+    mesh.meter.sent("pipeline", dist.get_global_rank(group, peer), mine.nbytes)
     works = dist.batch_isend_irecv(
         [
             dist.P2POp(dist.isend, mine, group=group, group_peer=peer),

@@ -160,3 +160,48 @@ class ZeroConfig:
                 f"zero.secondary_shard={copies}: does not divide the {per_node} data-parallel "
                 "ranks of a node; use a divisor"
             )
+
+    def settings_beside_stage(self) -> list[str]:
+        """What is set to other than its default, apart from the stage, as key=value."""
+        default = ZeroConfig()
+        changed = [
+            f"zero.partition.{part}={extent.name}"
+            for part, extent in vars(self.partition).items()
+            if extent is not None
+        ]
+        for name in ("secondary_shard", "quantize_weights", "quantize_gradients"):
+            value = getattr(self, name)
+            if value != getattr(default, name):
+                changed.append(f"zero.{name}={getattr(value, 'value', value)}")
+        return changed
+
+    def notes(self, num_nodes: int | None) -> list[str]:
+        """Settings that do something else than their name says, where several ranks share a model.
+
+        `num_nodes`: of the run; None where nobody knows yet.
+        """
+        notes, given, point = [], vars(self.partition), self.extents
+        if self.stage != ZeroConfig().stage and all(given.values()):
+            notes.append(f"zero.stage={self.stage}: no effect, zero.partition says everything")
+        if num_nodes == 1:
+            notes += [
+                f"zero.partition.{part}=node: the same as all, with one node"
+                for part, extent in given.items()
+                if extent is Extent.node
+            ]
+            if self.secondary_shard:
+                notes.append(
+                    f"zero.secondary_shard={self.secondary_shard}: with one node there is nothing "
+                    "between nodes to save; launch.emulate_nodes=true plays several"
+                )
+        if self.quantize_weights is not Quantization.none and point.params is Extent.none:
+            notes.append(
+                f"zero.quantize_weights={self.quantize_weights.name}: weights are gathered once a "
+                "step only, since every rank keeps them (zero.partition.params=none)"
+            )
+        if self.error_feedback:
+            notes.append(
+                "zero.error_feedback=true: each rank keeps what was rounded away, as large as a "
+                "whole gradient; `phalanx plan` says how much"
+            )
+        return notes

@@ -44,9 +44,7 @@ class Partition:
 
 
 POINTS = tuple(
-    point
-    for extents in product(Extent, repeat=3)
-    if (point := Partition(*extents)).is_nested
+    point for extents in product(Extent, repeat=3) if (point := Partition(*extents)).is_nested
 )
 """The ten points of the space."""
 

@@ -1,98 +1,190 @@
-"""ZeRO stages 0 to 3 over FSDP2.
+"""A model or pipeline stage whose parameters the data-parallel ranks divide.
 
-A stage is three settings of `fully_shard`: what mesh it shards over, whether a block's parameters
-are freed between forward and backward, and after which microbatches gradients are reduced.
-Gradients are summed, never averaged: the loss is already divided by the global number of tokens.
+Modules' hooks gather a unit before it runs and free it after, forward and backward, and take up its
+gradients when its backward pass is through; the next unit is gathered meanwhile. Gradients are
+summed, never averaged: the loss is already divided by the global number of tokens.
 """
 
-import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch import Tensor, nn
+from torch.autograd import Variable
 
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.plan import ModelPlan
+from phalanx.parallel.zero.collectives import Lane
+from phalanx.parallel.zero.config import Offload, ZeroConfig
+from phalanx.parallel.zero.groups import zero_groups
+from phalanx.parallel.zero.unit import Dtypes, Lanes, Unit
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dtypes:
-    """Number formats of one run."""
+class Sharder:
+    """What all of a rank's models or stages share: groups, lanes and formats."""
 
-    params: torch.dtype
-    compute: torch.dtype
-    reduce: torch.dtype
+    def __init__(self, mesh: Mesh, config: ZeroConfig, dtypes: Dtypes) -> None:
+        """Collective.
 
+        Raises:
+            ValueError: the ranks of a node do not fit `config`.
+        """
+        self._config, self._dtypes = config, dtypes
+        self._device = torch.device(mesh.device_type)
+        if mesh.device_type == "cuda":
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self.master_device = torch.device("cpu") if config.offload is Offload.cpu else self._device
+        self._groups = zero_groups(mesh, config)
+        self._lanes = Lanes(params=Lane(self._device), grads=Lane(self._device))
+        # A single rank is left as it is where that changes nothing.
+        self._has_work = (
+            mesh.dp_size * mesh.size("cp") > 1
+            or dtypes.params != dtypes.compute
+            or self.master_device != self._device
+        )
 
-def shard_model(
-    model: nn.Module, plan: ModelPlan, mesh: Mesh, *, stage: int, dtypes: Dtypes
-) -> None:
-    """Shard a model's parameters over the data-parallel axes, in place.
-
-    Applied also to a single data-parallel rank where compute and master formats differ, since the
-    casting is done here. Left out where it would change nothing.
-    """
-    if mesh.dp_size * mesh.size("cp") == 1 and dtypes.params == dtypes.compute:
-        return
-    options: dict[str, Any] = {
-        "mesh": _shard_mesh(mesh, stage),
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=dtypes.compute, reduce_dtype=dtypes.reduce, cast_forward_inputs=False
-        ),
-        "reshard_after_forward": stage == 3,
-    }
-    # Said of every output that tensor parallelism makes; the models have no in-place operation.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for block in plan.blocks:
-        fully_shard(block, **options)
-    for unit in plan.shard_units:
-        kept = options | ({"reshard_after_forward": False} if unit.keep_gathered else {})
-        sharded = fully_shard(unit.modules, **kept)[0]
-        assert isinstance(sharded, FSDPModule)
-        sharded.set_unshard_in_backward(not unit.unused_in_backward)
-    fully_shard(model, **options)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # gloo knows no scaled reduction, and a sum needs none.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-
-
-def _shard_mesh(mesh: Mesh, stage: int) -> DeviceMesh:
-    """(replicate, shard) mesh of a stage; stage 0 replicates over every data-parallel rank."""
-    world = mesh.world
-    if stage == 0:
-        flat = world["dp_replicate", "dp_shard", "cp"]._flatten("dp_all")
-        return flat._unflatten(0, (flat.size(), 1), ("dp_all_replicate", "dp_all_shard"))
-    if mesh.size("cp") > 1:
-        world["dp_shard", "cp"]._flatten("dp_shard_cp")
-        shard = "dp_shard_cp"
-    else:
-        shard = "dp_shard"
-    if mesh.size("dp_replicate") > 1:
-        return world["dp_replicate", shard]
-    return world[shard]
+    def shard(self, model: nn.Module, plan: ModelPlan) -> "Sharding":
+        """Divide a model's parameters, in place; it may lie on the meta device."""
+        if not self._has_work:
+            return Sharding(model, [])
+        options: dict[str, Any] = {
+            "taken": set(),
+            "groups": self._groups,
+            "config": self._config,
+            "dtypes": self._dtypes,
+            "lanes": self._lanes,
+            "device": self._device,
+        }
+        units = {block: Unit([block], **options) for block in plan.blocks}
+        for group in plan.shard_units:
+            units[group.modules[0]] = Unit(
+                group.modules,
+                keep_gathered=group.keep_gathered,
+                unused_in_backward=group.unused_in_backward,
+                **options,
+            )
+        rest = Unit([model], keep_gathered=True, **options)
+        in_order = [units[module] for module in model.modules() if module in units]
+        return Sharding(model, [unit for unit in (rest, *in_order) if unit.has_parameters])
 
 
-def before_backward(model: nn.Module, *, stage: int, last: bool) -> None:
-    """Say which microbatch of a step comes: only stages 2 and 3 reduce gradients at each."""
-    if not isinstance(model, FSDPModule):
-        return
-    sync = last or stage >= 2
-    model.set_requires_gradient_sync(sync)
-    # Replicas (HSDP) need each other's gradients once a step only.
-    model.set_requires_all_reduce(last)
-    model.set_is_last_backward(last)
-    # Stages 0 and 1 keep gathered parameters until the step's last backward.
-    model.set_reshard_after_backward(last or stage == 3)
+class Sharding:
+    """The units of one model or stage, in the order they run; none where nothing is divided."""
+
+    def __init__(self, model: nn.Module, units: list[Unit]) -> None:
+        self.units = units
+        self._last = True
+        self._deferring = False
+        self._open: list[Unit] | None = None
+        """Units whose backward pass is not through; None outside of a backward pass."""
+        for place, unit in enumerate(units):
+            _Hooks(self, unit, units[place - 1 : place], units[place + 1 : place + 2])
+
+    def before_backward(self, *, last: bool) -> None:
+        """Say which backward pass comes; `last`: of the step."""
+        self._last, self._deferring = last, False
+
+    def before_input_gradient(self) -> None:
+        """A backward pass comes that defers its weight gradients: nothing is reduced in it."""
+        self._deferring = True
+
+    def after_weight_gradient(self, *, last: bool) -> None:
+        """Take up the deferred weight gradients of a microbatch; `last`: of the step."""
+        for unit in reversed(self.units):
+            unit.take_gradients(last=last)
+        if last:
+            self._end_step()
+
+    def forget(self) -> None:
+        """Free all that was gathered, for the masters may have changed."""
+        for unit in self.units:
+            unit.forget()
+
+    def enter_backward(self) -> None:
+        """A unit's backward pass begins."""
+        if self._open is None:
+            self._open = list(self.units)
+            Variable._execution_engine.queue_callback(self._leave_backward)
+
+    def leave(self, unit: Unit) -> None:
+        """A unit's backward pass is through."""
+        if self._open is None or unit not in self._open:
+            return
+        self._open.remove(unit)
+        if not self._deferring:
+            unit.take_gradients(last=self._last)
+        unit.free()
+
+    def _leave_backward(self) -> None:
+        for unit in reversed(self._open or ()):
+            self.leave(unit)
+        self._open = None
+        if self._last and not self._deferring:
+            self._end_step()
+
+    def _end_step(self) -> None:
+        for unit in reversed(self.units):
+            unit.settle_gradients()
+        # The optimizer comes next.
+        self.forget()
 
 
-def free_gathered(models: list[nn.Module]) -> None:
-    """Drop gathered parameters, for instance after an evaluation, which has no backward pass."""
-    for model in models:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+class _Hooks:
+    """What happens around a unit's modules."""
+
+    def __init__(
+        self, sharding: Sharding, unit: Unit, before: list[Unit], after: list[Unit]
+    ) -> None:
+        self._sharding, self._unit = sharding, unit
+        self._before = [other for other in before if not other.unused_in_backward]
+        self._after = after
+        first, last = unit.modules[0], unit.modules[-1]
+        first.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        last.register_forward_hook(self._after_forward)
+
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._unit.gather()
+        for other in self._after:
+            other.start_gather()
+        if not torch.is_grad_enabled():
+            return args, kwargs
+        watched = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.requires_grad]
+        if watched:
+            passed = _AfterBackward.apply(self, *(args[i] for i in watched))
+            args = tuple(
+                passed[watched.index(i)] if i in watched else arg for i, arg in enumerate(args)
+            )
+        return args, kwargs
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if not self._unit.keep_gathered:
+            self._unit.free()
+        if output.requires_grad:
+            output.register_hook(self._before_backward)
+
+    def _before_backward(self, grad: Tensor) -> None:
+        self._sharding.enter_backward()
+        if self._unit.unused_in_backward:
+            return
+        self._unit.gather()
+        for other in self._before:
+            other.start_gather()
+
+    def after_backward(self) -> None:
+        """Every gradient of the unit's inputs, and so of its parameters, is there."""
+        self._sharding.leave(self._unit)
+
+
+class _AfterBackward(torch.autograd.Function):
+    """Hands its inputs on; its backward pass comes when that of what uses them is through."""
+
+    @staticmethod
+    def forward(ctx: Any, hooks: _Hooks, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.hooks = hooks
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.hooks.after_backward()
+        return None, *grads

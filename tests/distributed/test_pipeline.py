@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
 from phalanx.parallel.config import ActivationCheckpoint
@@ -19,6 +17,7 @@ from phalanx.parallel.pipeline.graph import Kind, Op, Schedule
 from phalanx.parallel.pipeline.runtime import PipelineExecutor
 from phalanx.parallel.pipeline.schedules.registry import GENERATORS, make_schedule
 from phalanx.parallel.ranks import Ranks, process_group
+from phalanx.parallel.zero.unit import Unit
 from phalanx.train.config import Precision, PrecisionConfig
 from phalanx.train.step import Engine
 from tests.small import make_config, make_engine, rank_batch
@@ -112,7 +111,7 @@ def tied_steps(ranks: Ranks) -> list[list[tuple[float, float]]]:
 
 
 def test_a_tied_weight_cut_unevenly_stays_one(run_ranks: Callable[..., list[Any]]) -> None:
-    """A V placement's first rank has it twice, and FSDP2 parts the two to pad them."""
+    """A V placement's first rank has it twice."""
     for plain, v, plain_post, v_post in run_ranks(tied_steps, world_size=4):
         assert v == plain
         assert v_post == plain_post
@@ -244,6 +243,7 @@ class Watch:
 
     def __init__(self, engine: Engine) -> None:
         self.stages = engine.model.stages
+        self.shardings = engine.model.shardings
         self.seen: list[Held] = []
         self.gathers = 0
         executor_of(engine).recorder = self.record
@@ -254,16 +254,17 @@ class Watch:
         yield
         stage = self.stages[op.stage]
         blocks = list(stage.layers.children())  # type: ignore[union-attr, operator]
-        units = [m._get_fsdp_state() for m in stage.modules() if isinstance(m, FSDPModule)]
-        params = [p for u in units for g in u._fsdp_param_groups for p in g.fsdp_params]
+        units = self.shardings[op.stage].units
+        params = [p for unit in units for p in unit._params]
         self.seen.append(
             Held(
                 op,
                 self.gathers - before,
                 len(blocks),
-                sum(not isinstance(p, DTensor) for block in blocks for p in block.parameters()),
-                sum(p.unsharded_param.grad is not None for p in params),
-                sum(p.sharded_param.grad is not None for p in params),
+                sum(unit.ready for unit in units if unit.modules[0] in blocks),
+                sum(p.whole is not None and p.whole.grad is not None for p in params),
+                sum(p.sharded.grad is not None for p in params)
+                + sum(bool(unit._reductions) or unit._summed is not None for unit in units),
             )
         )
 
@@ -272,17 +273,17 @@ ZERO_RUNS = [(schedule, stage) for schedule in ("1f1b", "zb_h1") for stage in (1
 
 
 def held(ranks: Ranks) -> list[list[Held]]:
-    """Of a second step each, in which FSDP2 knows its modules."""
+    """Of a second step each."""
     found = []
     with process_group(ranks), pytest.MonkeyPatch.context() as patch:
-        gather, watches = _fsdp_param_group.foreach_all_gather, []
+        gather, watches = Unit._gather, []
 
-        def counted(*args: Any) -> Any:
+        def counted(unit: Unit) -> Any:
             for watch in watches:
                 watch.gathers += 1
-            return gather(*args)
+            return gather(unit)
 
-        patch.setattr(_fsdp_param_group, "foreach_all_gather", counted)
+        patch.setattr(Unit, "_gather", counted)
         for schedule, stage in ZERO_RUNS:
             engine = make_engine(ranks, pipeline(schedule, pp=2, dp_shard=2, stage=stage))
             engine.gradients(rank_batch(engine))

@@ -67,17 +67,14 @@ def tied_copies_not_added() -> None:
 
 
 def replicas_not_reduced() -> None:
-    """Gradients never go across replicas (FSDP2 then holds them back)."""
-    from torch.distributed.fsdp import FSDPModule
+    """Gradients never go across replicas."""
+    from phalanx.parallel.zero.collectives import Hop
 
-    FSDPModule.set_requires_all_reduce = (  # type: ignore[method-assign]
-        lambda self, requires_all_reduce, *, recurse=True: [
-            setattr(group, "all_reduce_grads", False)
-            for module in self.modules()
-            if isinstance(module, FSDPModule)
-            for group in module._get_fsdp_state()._fsdp_param_groups
-        ]
-    )
+    def nothing(self: Hop, kind: str, values: Any) -> Any:
+        yield from ()
+        return values
+
+    Hop.all_reduce = nothing  # type: ignore[method-assign]
 
 
 def broken(ranks: Ranks, mistake: Callable[[], None], fn: Callable[..., Any], *args: Any) -> Any:

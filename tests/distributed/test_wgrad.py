@@ -18,8 +18,7 @@ from phalanx.parallel.grad_norm import settle_partial
 from phalanx.parallel.mesh import Mesh, build_mesh
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore
 from phalanx.parallel.ranks import Ranks, process_group
-from phalanx.parallel.zero.deferred import after_weight_gradient, before_input_gradient
-from phalanx.parallel.zero.shard import before_backward
+from phalanx.parallel.zero.shard import Sharder, Sharding
 from phalanx.train.build import torch_dtypes
 from phalanx.train.config import Config, Precision, PrecisionConfig
 from phalanx.train.loss import token_loss
@@ -48,27 +47,30 @@ DP_LAYOUTS: list[tuple[dict[str, Any], ActivationCheckpoint]] = [
 MICROBATCHES = 2
 
 
-def build(config: Config, mesh: Mesh, store: WeightGradientStore | None) -> Transformer:
+def build(
+    config: Config, mesh: Mesh, store: WeightGradientStore | None
+) -> tuple[Transformer, Sharding]:
     """The whole model, parallelized as training does it."""
     dtypes = torch_dtypes(config.precision)
     with torch.device("meta"):
         model = Transformer(config.model).to(dtypes.params)
-    parallelize(
+    sharding = parallelize(
         model,
         plan_for(model),
         mesh,
         config=config.parallel,
-        zero_stage=config.zero.stage,
-        dtypes=dtypes,
+        sharder=Sharder(mesh, config.zero, dtypes),
         store=store,
     )
     model.to_empty(device="cpu")
     model.tie_weights()
     init_weights(model, config.model, seed=config.training.seed)
-    return model
+    return model, sharding
 
 
-def backward(model: nn.Module, config: Config, mesh: Mesh, store: Any, late: bool) -> list[int]:
+def backward(
+    model: nn.Module, sharding: Sharding, config: Config, mesh: Mesh, store: Any, late: bool
+) -> list[int]:
     """Two microbatches; `late`: the second's B comes before the first's W, as in a pipeline.
 
     Returns how many weight gradients each left for W.
@@ -77,13 +79,13 @@ def backward(model: nn.Module, config: Config, mesh: Mesh, store: Any, late: boo
     extra = {"positions_BS": batch.positions_BS, "document_BS": batch.document_BS}
     inputs = Inputs(batch.tokens_BS, batch.labels_BS, extra)  # type: ignore[arg-type]
     loss_fn = token_loss(mesh, make_batch(config).num_valid)
-    stage, taken, left = config.zero.stage, [], []
+    taken, left = [], []
     for index, part in enumerate(inputs.split(MICROBATCHES)):
         loss = loss_fn(model(part.tokens_BS, **part.extra), part.target_BS)
         if late:
-            before_input_gradient(model, stage=stage)
+            sharding.before_input_gradient()
         else:
-            before_backward(model, stage=stage, last=index == MICROBATCHES - 1)
+            sharding.before_backward(last=index == MICROBATCHES - 1)
         with store.deferring() if late else nullcontext():
             loss.backward()
         if late:
@@ -91,7 +93,7 @@ def backward(model: nn.Module, config: Config, mesh: Mesh, store: Any, late: boo
             taken.append(store.take())
     for index, compute in enumerate(taken):
         compute()
-        after_weight_gradient(model, stage=stage, last=index == MICROBATCHES - 1)
+        sharding.after_weight_gradient(last=index == MICROBATCHES - 1)
     return left
 
 
@@ -124,11 +126,11 @@ def measured(
                     compile=compiled and ours,
                 )
                 store = WeightGradientStore() if ours else None
-                model = build(replace(config, parallel=parallel), mesh, store)
+                model, sharding = build(replace(config, parallel=parallel), mesh, store)
+                parameters = dict(model.named_parameters())
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
-                    left = backward(model, config, mesh, store, name == "late")
-                parameters = dict(model.named_parameters())
+                    left = backward(model, sharding, config, mesh, store, name == "late")
                 placements = {
                     n: str(p.grad.placements)
                     for n, p in parameters.items()

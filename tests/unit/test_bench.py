@@ -12,7 +12,11 @@ from phalanx.bench.emulated import EmulatedStage, OpSeconds, check_gradient
 from phalanx.bench.live_memory import LiveMemory
 from phalanx.bench.peer_pipelining import TorchStage
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore
-from phalanx.train.bench_config import BenchConfig, EmulatedPipelineConfig
+from phalanx.train.bench_config import (
+    BenchConfig,
+    EmulatedPipelineConfig,
+    SlowNetworkConfig,
+)
 
 F, B, W = 3.0, 2.0, 1.0
 
@@ -113,6 +117,12 @@ def test_a_rank_s_costs_are_scaled_to_its_forward() -> None:
         (EmulatedPipelineConfig, {"costs": [1.0, 2.0]}, ("costs=[1.0, 2.0]", "[F, B, W]")),
         (EmulatedPipelineConfig, {"costs": [1.0, 0.0, 1.0]}, ("costs=", "positive")),
         (EmulatedPipelineConfig, {"forward_ms": 0.0}, ("forward_ms=0.0", "above 0")),
+        (BenchConfig, {"nodes": 1}, ("bench.nodes=1", "from 2")),
+        (BenchConfig, {"ranks_per_node": 0}, ("bench.ranks_per_node=0", "at least 1")),
+        (SlowNetworkConfig, {"mbit": 0.0}, ("bench.slow_network.mbit=0.0", "at least 0.1")),
+        (SlowNetworkConfig, {"mbit": float("inf")}, ("mbit=inf", "finite")),
+        (SlowNetworkConfig, {"waiting": 1.0}, ("bench.slow_network.waiting=1.0", "between 0 and")),
+        (SlowNetworkConfig, {"loss_steps": -1}, ("bench.slow_network.loss_steps=-1", "or 0")),
     ],
 )
 def test_settings_that_mean_nothing(

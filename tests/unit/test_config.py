@@ -1,19 +1,16 @@
-"""Every refusal of every config.py names the key and the value, and none is untested."""
+"""Every refusal of every config.py names the key and the value, and none is untested.
 
-import ast
+Those of the pipeline's and of ZeRO's settings stand in files of their own.
+"""
+
 import importlib
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
-from types import ModuleType
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 
 from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
-from phalanx.parallel.zero.config import ZeroConfig
 from phalanx.train.config import (
     BenchConfig,
     Config,
@@ -30,57 +27,23 @@ from phalanx.train.config import (
 from phalanx.train.data.config import CorpusConfig, DataConfig, tokenizer_path
 from phalanx.train.model.config import ModelConfig, RopeScalingConfig
 from phalanx.train.optim.config import LrConfig, OptimConfig
-
-ROOT = Path(__file__).resolve().parents[2]
-MODULES = [
-    "checkpoint.config",
-    "parallel.config",
-    "parallel.pipeline.config",
-    "parallel.zero.config",
-    "train.config",
-    "train.data.config",
-    "train.model.config",
-    "train.optim.config",
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A wrong setting and the words that its refusal must hold."""
-
-    make: Callable[[], object]
-    words: tuple[str, ...]
-
-
-def of(part: type, prefix: str, key: str, value: object, *words: str, **others: object) -> Case:
-    """One wrong `value` of one key."""
-    shown = getattr(value, "value", value)
-    return Case(
-        make=lambda: part(**{key: value}, **others), words=(f"{prefix}.{key}={shown}", *words)
-    )
-
-
-def whole(words: tuple[str, ...], **parts: object) -> Case:
-    """A wrong combination of parts, each right in itself."""
-    return Case(make=lambda: Config(**parts), words=words)  # type: ignore[arg-type]
-
-
-def batches(words: tuple[str, ...], world_size: int, **parts: object) -> Case:
-    """A batch that does not fit a world."""
-    return Case(
-        make=lambda: Config(**parts).num_microbatches(world_size),  # type: ignore[arg-type]
-        words=words,
-    )
-
-
-NAN, INF = float("nan"), float("inf")
-TINY = ModelConfig(vocab_size=300, dim=36, num_layers=5, num_heads=6, num_kv_heads=2, ffn_dim=52)
-PP2 = ParallelConfig(pp=2, dp_shard=1)
-
-
-def sized_batch(size: int) -> TrainingConfig:
-    return TrainingConfig(global_batch_size=size, seq_len=32)
-
+from tests.refusals import (
+    INF,
+    MODULES,
+    NAN,
+    PIPELINE_MODULES,
+    PP2,
+    ROOT,
+    TINY,
+    ZERO_MODULES,
+    Case,
+    batches,
+    check_refusal,
+    of,
+    sized_batch,
+    unreached,
+    whole,
+)
 
 CASES = [
     *(of(CheckpointConfig, "checkpoint", key, -1, "0 or more") for key in ("every", "keep")),
@@ -102,29 +65,6 @@ CASES = [
         make=lambda: ParallelConfig(pp=2, dp_shard=3).sized(4),
         words=("pp=2", "dp_shard=3", "= 6", "4 ranks", "parallel.dp_shard=-1"),
     ),
-    of(PipelineConfig, "pipeline", "schedule", "zb", "gpipe, 1f1b, interleaved", "auto", ".json"),
-    *(
-        of(PipelineConfig, "pipeline", "stages_per_rank", chunks, *words, schedule=schedule)
-        for schedule, chunks, *words in (
-            ("interleaved", 1, "at least 2", "pipeline.schedule=1f1b"),
-            ("gpipe", 2, "pipeline.schedule=gpipe", "use 1", "interleaved"),
-            ("1f1b", 0, "use 1"),
-            ("zb_v", 1, "use 2", "interleaved"),
-            ("zb_v", 3, "use 2"),
-            ("auto", 3, "1 or 2"),
-            ("auto", 0, "1 or 2"),
-            ("mine/order.json", 2, "mine/order.json", "leave it empty"),
-        )
-    ),
-    of(PipelineConfig, "pipeline", "layers_per_stage", [3, 0, 2], "at least 1 layer"),
-    of(PipelineConfig, "pipeline", "memory_limit", "8GiB", "schedule=zb_h1", schedule="zb_h1"),
-    *(
-        of(PipelineConfig, "pipeline", "memory_limit", size, "8GiB", schedule="auto")
-        for size in ("much", "0", "0MiB", "-1GiB", "8 GiBit", "9" * 400)
-    ),
-    of(PipelineConfig, "pipeline", "profile_steps", -1, "0 or more"),
-    of(ZeroConfig, "zero", "stage", 4, "0, 1, 2 or 3"),
-    of(ZeroConfig, "zero", "stage", -1, "0, 1, 2 or 3"),
     *(
         of(TrainingConfig, "training", key, 0, "at least 1")
         for key in ("steps", "seq_len", "global_batch_size", "microbatch_size")
@@ -139,6 +79,7 @@ CASES = [
     of(LaunchConfig, "launch", "threads_per_rank", -1, "at least 1"),
     *(of(LaunchConfig, "launch", "timeout_s", value, "above 0") for value in (0.0, NAN, INF)),
     of(LaunchConfig, "launch", "nodes", 2, "launch=torchrun", launcher=Launcher.local),
+    of(LaunchConfig, "launch", "emulate_nodes", True, "launch=local", "launch.ranks_per_node"),
     of(ProfileConfig, "monitor.profile", "start", -1, "0 or more"),
     of(ProfileConfig, "monitor.profile", "steps", -1, "0 or more"),
     *(
@@ -184,41 +125,6 @@ CASES = [
         parallel=ParallelConfig(tp=2),
     ),
     whole(
-        ("parallel.pp=6", "6 pipeline stages", "model.num_layers=5"),
-        model=TINY,
-        parallel=ParallelConfig(pp=6),
-    ),
-    whole(
-        ("parallel.pp=2 x 3 stages per rank = 6", "model.num_layers=5"),
-        model=TINY,
-        parallel=PP2,
-        pipeline=PipelineConfig(schedule="interleaved", stages_per_rank=3),
-    ),
-    *(
-        whole(
-            (f"pipeline.layers_per_stage={layers}", *words),
-            model=TINY,
-            parallel=PP2,
-            pipeline=PipelineConfig(schedule=schedule, layers_per_stage=layers, **more),  # type: ignore[arg-type]
-        )
-        for schedule, layers, words, more in (
-            ("1f1b", [3, 3], ("6 layers", "model.num_layers=5"), {}),
-            ("1f1b", [2, 2, 1], ("3 stages", "parallel.pp=2", "has 2"), {}),
-            ("zb_v", [3, 2], ("2 stages", "schedule=zb_v", "has 4"), {}),
-            ("auto", [2, 2, 1], ("3 stages", "has 2 or 4"), {}),
-            ("auto", [3, 2], ("2 stages", "has 4"), {"stages_per_rank": 2}),
-        )
-    ),
-    *(
-        whole(
-            (f"parallel.pp={pp} x {chunks} stages", f"schedule={schedule}", "model.num_layers=5"),
-            model=TINY,
-            parallel=ParallelConfig(pp=pp, dp_shard=1),
-            pipeline=PipelineConfig(schedule=schedule),
-        )
-        for schedule, pp, chunks in (("zb_v", 3, 2), ("auto", 6, 1), ("zb_h1", 6, 1))
-    ),
-    whole(
         ("pipeline.post_validation=true", "parallel.pp=1", "2 or more"),
         pipeline=PipelineConfig(post_validation=True),
     ),
@@ -243,16 +149,6 @@ CASES = [
         ("training.global_batch_size=6", "4 data-parallel ranks", "microbatch_size=1"),
         4,
         training=sized_batch(6),
-    ),
-    *(
-        batches(
-            (f"pipeline.schedule={schedule}", "1 microbatches", "at least 2", "gpipe"),
-            2,
-            training=sized_batch(1),
-            parallel=PP2,
-            pipeline=PipelineConfig(schedule=schedule),
-        )
-        for schedule in ("1f1b", "interleaved", "zb_h1", "zb_v")
     ),
     batches(("dp_shard=3", "4 ranks"), 4, parallel=ParallelConfig(dp_shard=3)),
     *(
@@ -320,7 +216,7 @@ CASES = [
 
 FLOATS = [
     (part, name, field.name)
-    for name in MODULES
+    for name in (*MODULES, *PIPELINE_MODULES, *ZERO_MODULES)
     for part in vars(importlib.import_module(f"phalanx.{name}")).values()
     if is_dataclass(part) and part.__module__ == f"phalanx.{name}"
     for field in fields(part)
@@ -341,33 +237,13 @@ def test_floats_are_found() -> None:
     assert len(FLOATS) > 15
 
 
-def refusal(case: Case) -> ValueError:
-    with pytest.raises(ValueError, match="=") as caught:
-        case.make()
-    return caught.value
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.words[0])
 def test_refusal_names_key_and_value(case: Case) -> None:
-    message = str(refusal(case))
-    assert [word for word in case.words if word not in message] == [], message
-    assert "\n" not in message
+    check_refusal(case)
 
 
 def test_every_refusal_has_a_case() -> None:
-    """Each `raise` of each config.py is reached by a case above."""
-    reached = set()
-    for case in CASES:
-        frame = traceback.extract_tb(refusal(case).__traceback__)[-1]
-        reached.add((Path(frame.filename).resolve(), frame.lineno))
-    missed = [
-        f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path in map(source_of, map(load, MODULES))
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Raise)
-        and not any((path, n) in reached for n in range(node.lineno, (node.end_lineno or 0) + 1))
-    ]
-    assert missed == []
+    assert unreached(MODULES, CASES) == []
 
 
 def test_every_config_module_is_looked_at() -> None:
@@ -376,7 +252,7 @@ def test_every_config_module_is_looked_at() -> None:
         for folder in ("train", "parallel", "checkpoint", "fault", "launch", "bench")
         for path in (ROOT / folder).rglob("config.py")
     }
-    assert found == set(MODULES)
+    assert found == {*MODULES, *PIPELINE_MODULES, *ZERO_MODULES}
 
 
 def test_defaults_are_right() -> None:
@@ -412,61 +288,9 @@ def test_a_warm_up_longer_than_the_run_is_noted() -> None:
     assert never.endswith("never reaches its peak")
 
 
-def test_settings_of_a_pipeline_that_is_not_there_are_noted() -> None:
-    pipeline = PipelineConfig(
-        schedule="auto", memory_limit="8GiB", profile_steps=5, layers_per_stage=[2, 2]
-    )
-    assert Config(pipeline=pipeline).notes() == [
-        f"pipeline.{setting}: no effect at parallel.pp=1"
-        for setting in (
-            "schedule=auto",
-            "layers_per_stage=[2, 2]",
-            "memory_limit=8GiB",
-            "profile_steps=5",
-        )
-    ]
-    assert Config(parallel=PP2, pipeline=pipeline).notes() == []
-
-
-def test_an_auto_schedule_that_is_never_measured_is_noted() -> None:
-    def notes(profile_steps: int, steps: int) -> list[str]:
-        return PipelineConfig(schedule="auto", profile_steps=profile_steps).notes(2, steps)
-
-    assert notes(3, 5) == []
-    [early] = notes(3, 4)
-    assert early.startswith("pipeline.profile_steps=3: with training.steps=4 the run ends before")
-    [never] = notes(0, 5)
-    assert never.startswith("pipeline.profile_steps=0: ")
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("8GiB", 8 * 2**30),
-        ("2.5GB", 2.5e9),
-        ("512 MiB", 512 * 2**20),
-        ("1000", 1000),
-        ("64k", 64e3),
-        ("16Ki", 2**14),
-    ],
-)
-def test_sizes_in_bytes(text: str, size: float) -> None:
-    assert PipelineConfig(schedule="auto", memory_limit=text).memory_limit_bytes == size
-    assert PipelineConfig().memory_limit_bytes is None
-
-
 def test_microbatches_of_a_rank() -> None:
     config = Config(
         training=TrainingConfig(global_batch_size=24, microbatch_size=2),
         parallel=ParallelConfig(dp_replicate=2, tp=2),
     )
     assert config.num_microbatches(8) == 3
-
-
-def load(name: str) -> ModuleType:
-    return importlib.import_module(f"phalanx.{name}")
-
-
-def source_of(module: ModuleType) -> Path:
-    assert module.__file__ is not None
-    return Path(module.__file__).resolve()

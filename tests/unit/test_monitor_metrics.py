@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from phalanx.fault.events import read_lines
+from phalanx.parallel.comm_meter import Traffic
 from phalanx.train.metrics import PARTS, MetricsLog, StepRecord, StepTimer
 
 
@@ -24,6 +25,10 @@ def record(step: int, loss: float = 1.0) -> StepRecord:
         tokens=4096,
         seconds=0.5,
         parts={"data": 0.1, "comm_wait": math.nan},
+        traffic={
+            "params": Traffic(inside=4096, between=2**60 + 1),
+            "tensor": Traffic(inside=math.nan, between=math.nan),
+        },
     )
 
 
@@ -49,6 +54,10 @@ def test_a_line_a_step_with_exact_floats(tmp_path: Path) -> None:
         "seconds": 0.5,
         "data_s": 0.1,
         "comm_wait_s": "nan",
+        "comm_params_inside_bytes": 4096,
+        "comm_params_between_bytes": 2**60 + 1,
+        "comm_tensor_inside_bytes": "nan",
+        "comm_tensor_between_bytes": "nan",
     }
 
 

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from phalanx.fault.events import read_lines
+from phalanx.parallel.comm_meter import Traffic
 from phalanx.parallel.ranks import Ranks
 from phalanx.train.config import Config, MonitorConfig, RunConfig, TrainingConfig
 from phalanx.train.metrics import StepRecord
@@ -33,6 +34,10 @@ def record(step: int) -> StepRecord:
         tokens=1000,
         seconds=0.5,
         parts={"data": 0.1, "forward_backward": 0.3, "comm_wait": math.nan},
+        traffic={
+            "params": Traffic(inside=4096, between=512),
+            "grads": Traffic(inside=100, between=0),
+        },
     )
 
 
@@ -76,6 +81,12 @@ def test_every_curve_is_in_the_event_file(tmp_path: Path) -> None:
         "time/step_s": [(0, 0.5), (1, 0.5)],
         "time/data_s": [(0, pytest.approx(0.1)), (1, pytest.approx(0.1))],
         "time/forward_backward_s": [(0, pytest.approx(0.3)), (1, pytest.approx(0.3))],
+        "comm/params_inside_bytes": [(0, 4096.0), (1, 4096.0)],
+        "comm/params_between_bytes": [(0, 512.0), (1, 512.0)],
+        "comm/grads_inside_bytes": [(0, 100.0), (1, 100.0)],
+        "comm/grads_between_bytes": [(0, 0.0), (1, 0.0)],
+        "comm/inside_bytes": [(0, 4196.0), (1, 4196.0)],
+        "comm/between_bytes": [(0, 512.0), (1, 512.0)],
         "eval/loss": [(1, 4.25)],
     }
     texts = {
@@ -144,6 +155,8 @@ def test_metrics_lines_have_every_key(tmp_path: Path) -> None:
     assert list(json.loads(line)) == [
         *("step", "loss", "grad_norm", "lr", "tokens", "seconds"),
         *("data_s", "forward_backward_s", "comm_wait_s"),
+        *("comm_grads_inside_bytes", "comm_grads_between_bytes"),
+        *("comm_params_inside_bytes", "comm_params_between_bytes"),
     ]
 
 

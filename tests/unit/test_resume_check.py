@@ -21,6 +21,7 @@ REFUSED = [
     ("training.seed=2", "training.seed=2: the checkpoint was made with 1"),
     ("training.seq_len=128", "training.seq_len=128: the checkpoint was made with 256"),
     ("training.global_batch_size=8", "training.global_batch_size=8: the checkpoint was made with"),
+    ("optim=adamw8bit", "optim.name=adamw8bit: the checkpoint was made with adamw, "),
     ("checkpoint.resume=false", "checkpoint.resume=false: "),
 ]
 

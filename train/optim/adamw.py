@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from phalanx.train.optim.config import OptimConfig
 from phalanx.train.optim.rollback import undo_adamw
+from phalanx.train.optim.sharded import laid_out_like, local_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -25,7 +25,7 @@ class AdamW:
     def __init__(self, named_parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> None:
         self._config = config
         self._parameters = dict(named_parameters)
-        self._shards = {name: nn.Parameter(_local(p)) for name, p in self._parameters.items()}
+        self._shards = {name: nn.Parameter(local_of(p)) for name, p in self._parameters.items()}
         decayed = [s for n, s in self._shards.items() if self._parameters[n].dim() >= 2]
         plain = [s for n, s in self._shards.items() if self._parameters[n].dim() < 2]
         groups = [
@@ -88,8 +88,8 @@ class AdamW:
             parameter = self._parameters[name]
             grad = parameter.grad
             # FSDP2 may move an unevenly cut shard to padded memory when it first runs.
-            shard.data = _local(parameter)
-            shard.grad = None if grad is None else _local(grad)
+            shard.data = local_of(parameter)
+            shard.grad = None if grad is None else local_of(grad)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts by name, laid out as the parameters are; views, not copies."""
@@ -97,25 +97,8 @@ class AdamW:
         for name, shard in self._shards.items():
             state = self._optimizer.state[shard]
             for moment in MOMENTS:
-                tensors[f"optim.{moment}.{name}"] = _like(self._parameters[name], state[moment])
+                tensors[f"optim.{moment}.{name}"] = laid_out_like(
+                    self._parameters[name], state[moment]
+                )
             tensors[f"optim.step.{name}"] = state["step"]
         return tensors
-
-
-def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(parameter: Tensor, local: Tensor) -> Tensor:
-    """`local` as a part of a tensor that is laid out like `parameter`."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )

@@ -4,6 +4,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 
+class OptimizerName(Enum):
+    """Optimizers by name."""
+
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+    adamw4bit = "adamw4bit"
+
+
 class LrSchedule(Enum):
     """Shape of the learning rate after warm-up."""
 
@@ -42,6 +50,10 @@ class LrConfig:
 class OptimConfig:
     """AdamW with decoupled weight decay (Loshchilov & Hutter, 2019)."""
 
+    name: OptimizerName = OptimizerName.adamw
+    """adamw: moments in precision.params, 8 bytes a parameter in fp32. adamw8bit, adamw4bit:
+    matrices' moments as codes of 8 or 4 bits with a scale for each block of up to 256 or 128
+    elements of a row, about 2 bytes or 1.1 a parameter; slower on a CPU."""
     lr: LrConfig = field(default_factory=LrConfig)
     """Learning-rate schedule."""
     beta1: float = 0.9
@@ -69,6 +81,12 @@ class OptimConfig:
         Raises:
             ValueError: a step with these settings forgets what was before.
         """
+        if self.name is not OptimizerName.adamw:
+            raise ValueError(
+                f"optim.name={self.name.name}: with pipeline.post_validation=true a step may have "
+                "to be taken back, and rounding to codes forgets what was before; use "
+                "optim.name=adamw, or pipeline.post_validation=false"
+            )
         for name in ("beta1", "beta2"):
             if getattr(self, name) == 0:
                 raise ValueError(

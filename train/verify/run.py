@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
+from phalanx.parallel.zero.config import Quantization, ZeroConfig
 from phalanx.train.config import Config, Injection, Precision, PrecisionConfig
 from phalanx.train.optim.config import LrConfig, LrSchedule
 from phalanx.train.pipeline_plan import check_pipeline
@@ -27,12 +28,10 @@ def verify(config: Config, launch: Callable[..., list[Any]], *, world_size: int)
         world_size: ranks of the layout.
 
     Raises:
-        ValueError: verify.resume_in names no layout that this configuration can run in.
+        ValueError: verify.resume_in names no layout that this configuration can run in, or the
+            configuration rounds what travels.
     """
-    layout = _plain(config)
-    # Lone process: nothing sharded, cut, recomputed or compiled.
-    reference = _in_layout(layout, dict.fromkeys(DEGREES, 1), alone=True)
-    resumed = _in_layout(layout, _resume_degrees(config), alone=False)
+    reference, layout, resumed = layouts(config)
     resumed_size = resumed.parallel.dp_shard * resumed.parallel.fixed_degree
     check_pipeline(resumed, resumed.num_microbatches(resumed_size))
     tolerance = config.verify.tolerance
@@ -51,7 +50,7 @@ def verify(config: Config, launch: Callable[..., list[Any]], *, world_size: int)
             run = replace(
                 run,
                 checkpoint=replace(run.checkpoint, dir=f"{name}/checkpoints", async_save=False),
-                launch=replace(run.launch, ranks_per_node=size),
+                launch=replace(run.launch, ranks_per_node=size // run.launch.nodes),
             )
             launch(
                 _record,
@@ -72,6 +71,19 @@ def verify(config: Config, launch: Callable[..., list[Any]], *, world_size: int)
         resumed=again,
         findings=findings or [f"after resuming: {text}" for text in more],
     )
+
+
+def layouts(config: Config) -> tuple[Config, Config, Config]:
+    """The lone process, the layout, and what the layout's checkpoint is resumed in.
+
+    Raises:
+        ValueError: as `verify`.
+    """
+    _check_exact(config.zero)
+    layout = _plain(config)
+    # Lone process: nothing sharded, cut, recomputed or compiled.
+    reference = _in_layout(layout, dict.fromkeys(DEGREES, 1), alone=True)
+    return reference, layout, _in_layout(layout, _resume_degrees(config), alone=False)
 
 
 def _record(ranks: Any, config: Config, folder: Path, first: int, save_at: int | None) -> None:
@@ -112,8 +124,29 @@ def _in_layout(config: Config, degrees: dict[str, int], *, alone: bool) -> Confi
         config,
         parallel=parallel,
         pipeline=pipeline,
+        zero=_zero_in(config.zero, parallel, alone=alone),
+        # Its ranks are one node, whatever the layout's are.
+        launch=replace(config.launch, nodes=1, emulate_nodes=False, ranks_per_node=None),
         verify=replace(config.verify, inject=Injection.none),
     )
+
+
+def _zero_in(zero: ZeroConfig, parallel: ParallelConfig, *, alone: bool) -> ZeroConfig:
+    """The same sharding where it fits other degrees; plain for a lone process."""
+    if alone:
+        return ZeroConfig()
+    fits = zero.secondary_shard and parallel.dp_shard % zero.secondary_shard == 0
+    return replace(zero, secondary_shard=zero.secondary_shard if fits else 0)
+
+
+def _check_exact(zero: ZeroConfig) -> None:
+    for name in ("quantize_weights", "quantize_gradients"):
+        value: Quantization = getattr(zero, name)
+        if value is not Quantization.none:
+            raise ValueError(
+                f"zero.{name}={value.name}: rounds what travels, so that no layout computes what "
+                f"one process does to verify.tolerance; verify with zero.{name}=none"
+            )
 
 
 def _resume_degrees(config: Config) -> dict[str, int]:

@@ -1,0 +1,146 @@
+"""`phalanx bench zero`: bytes that quantized ZeRO-3 sends, and plain ZeRO-3 beside its peers.
+
+Bytes are counted at the collective layer, scales and padding included, over all ranks of nodes
+played by this machine, with weights and gradients in bf16 where they are not quantized. What is
+timed is plain ZeRO-3 in fp32 on one node of as many ranks: against DeepSpeed's, where it is
+installed, and against FSDP2, in the same ranks and in turn.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from phalanx.bench import peer_deepspeed
+from phalanx.bench.figures import Figure, Request, compared
+from phalanx.bench.peer_deepspeed import DeepSpeedLoop
+from phalanx.bench.peer_fsdp2 import PeerLoop
+from phalanx.bench.turns import Ours, Side, quiet, take_turns
+from phalanx.bench.zero_ways import BF16, FED_BACK, FP32, PLAIN, layout, num_ranks, ways
+from phalanx.parallel.comm_meter import Traffic
+from phalanx.parallel.ranks import Ranks, process_group
+from phalanx.train.config import Config
+
+OURS, DEEPSPEED, FSDP2 = "phalanx", "deepspeed", "fsdp2"
+ROUNDS, STEPS = 5, 4
+"""Where bench.rounds and bench.steps are empty."""
+WARM_UP, COUNTED = 1, 2
+"""First steps, of which something may be sent once only; and those whose bytes are counted."""
+LINKS = ("inside", "between")
+
+
+def bench(request: Request) -> list[Figure]:
+    """Bytes a step by way and link, and tokens per second of plain ZeRO-3.
+
+    Raises:
+        ValueError: the batch does not divide over the ranks, or launch is not local.
+    """
+    counted = layout(request.config, precision=BF16)
+    timed = layout(request.config, precision=FP32, one_node=True)
+    peers = _peers()
+    size = num_ranks(request.config)
+    steps = request.config.bench.steps or STEPS
+    with tempfile.TemporaryDirectory(prefix="phalanx-bench-") as folder:
+        counted = quiet(counted, Path(folder) / "counted", steps=WARM_UP + COUNTED)
+        found = request.launch(count_bytes, counted, world_size=size, config=counted.launch)
+        timed = quiet(timed, Path(folder) / "timed", steps=steps * 20)
+        times = request.launch(measure_time, timed, peers, world_size=size, config=timed.launch)[0]
+    tokens = timed.training.global_batch_size * timed.training.seq_len * steps
+    return [*byte_figures(found), *time_figures(times, tokens=tokens, peers=peers)]
+
+
+def count_bytes(ranks: Ranks, config: Config) -> dict[str, dict[str, Traffic]]:
+    """What this rank sends in COUNTED steps, by way and kind."""
+    found = {}
+    with process_group(ranks):
+        for name, zero in ways(config).items():
+            if name == FED_BACK:  # changes values, not sizes
+                continue
+            folder = str(Path(config.run.dir) / name)
+            own = replace(config, zero=zero, run=replace(config.run, dir=folder))
+            side = Side.ours(own, ranks)
+            side.run(WARM_UP)
+            assert isinstance(side.loop, Ours)
+            meter = side.loop.trainer.mesh.meter
+            meter.take()
+            side.run(COUNTED)
+            found[name] = meter.take()
+            side.close()
+    return found
+
+
+def byte_figures(found: list[dict[str, dict[str, Traffic]]]) -> Iterator[Figure]:
+    """Bytes a step over all ranks and kinds, and as shares of what plain ZeRO-3 sends."""
+    total = {
+        way: {
+            link: sum(getattr(t, link) for rank in found for t in rank[way].values()) / COUNTED
+            for link in LINKS
+        }
+        for way in found[0]
+    }
+    for way, sent in total.items():
+        for link in LINKS:
+            name, plain = f"zero.{way}.{link}", total[PLAIN][link]
+            if way == PLAIN or not plain:  # nothing goes inside nodes of one rank
+                yield Figure(name=name, value=sent[link], unit="bytes/step")
+                continue
+            peer = [plain]
+            yield compared(name, "bytes/step", PLAIN, [sent[link]], peer, less_is_better=True)
+            share = sent[link] / plain
+            yield Figure(name=f"{name}_share", value=share, unit="of plain")
+
+
+def measure_time(ranks: Ranks, config: Config, peers: list[str]) -> dict[str, Any]:
+    """Wall and CPU seconds of each side's turns, and the loss after them."""
+    steps = config.bench.steps or STEPS
+    with process_group(ranks):
+        sides = {OURS: Side.ours(config, ranks)}
+        for name in peers:
+            loop = DeepSpeedLoop(config, ranks) if name == DEEPSPEED else PeerLoop(config, ranks)
+            sides[name] = Side.peer(loop, config, ranks)
+        for side in sides.values():
+            side.run(steps)
+        turns = take_turns(sides, ranks, rounds=config.bench.rounds or ROUNDS, steps=steps)
+        for side in sides.values():
+            side.close()
+    return {"wall": turns.wall, "cpu": turns.cpu, "losses": turns.losses}
+
+
+def time_figures(times: dict[str, Any], *, tokens: int, peers: list[str]) -> Iterator[Figure]:
+    """Ours beside each peer, for turns of `tokens` tokens."""
+    rates = {side: [tokens / s for s in wall] for side, wall in times["wall"].items()}
+    for peer in peers:
+        yield compared(
+            f"zero.tokens_per_s.{peer}",
+            "tokens/s",
+            peer,
+            rates[OURS],
+            rates[peer],
+            less_is_better=False,
+        )
+        yield compared(
+            f"zero.cpu_s.{peer}",
+            "s/turn",
+            peer,
+            times["cpu"][OURS],
+            times["cpu"][peer],
+            less_is_better=True,
+        )
+        losses = times["losses"]
+        gap = abs(losses[OURS] - losses[peer]) / losses[peer]
+        yield Figure(name=f"zero.loss_gap.{peer}", value=gap, unit="relative")
+
+
+def _peers() -> list[str]:
+    """The peers that can run here; the one that cannot is named."""
+    if peer_deepspeed.installed():
+        return [DEEPSPEED, FSDP2]
+    print(
+        "phalanx: note: DeepSpeed is not installed, so it is left out of the comparison; "
+        "pip install 'phalanx-train[peers]'",
+        file=sys.stderr,
+        flush=True,
+    )
+    return [FSDP2]

@@ -1,0 +1,250 @@
+"""What each way to divide the configured model would cost a rank: memory, and bytes sent in a step.
+
+Of the pipeline rank that holds most, where there are several. Torch-free, and no rank is started.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from phalanx.parallel.comm_meter import Traffic
+from phalanx.parallel.zero.config import PartitionConfig, Quantization, ZeroConfig
+from phalanx.parallel.zero.cost import Formats, Held, Shape, UnitShapes, held, sent
+from phalanx.parallel.zero.partition import NAMES, POINTS, Partition
+from phalanx.parallel.zero.places import place_of
+from phalanx.train.config import Config
+from phalanx.train.model.shapes import unit_shapes
+from phalanx.train.optim.blocks import FORMATS, block_size
+from phalanx.train.optim.config import OptimizerName
+from phalanx.train.pipeline_plan import auto_placements, memory_limit, plan_pipeline, stage_cuts
+from phalanx.train.stage_costs import BYTES, estimated_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to divide the model, and what it costs."""
+
+    name: str
+    zero: ZeroConfig
+    held: Held
+    sent: dict[str, Traffic]
+    """By kind; the mean over a node's ranks."""
+    configured: bool
+
+    @property
+    def total(self) -> Traffic:
+        """Sent, over all kinds."""
+        kinds = self.sent.values()
+        return Traffic(
+            inside=sum(kind.inside for kind in kinds), between=sum(kind.between for kind in kinds)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the ways have in common."""
+
+    config: Config
+    world_size: int
+    ranks_per_node: int
+    degrees: dict[str, int]
+    microbatches: int
+    pipeline_rank: int
+    """The one that is looked at."""
+    units: list[UnitShapes]
+    """That it holds."""
+    activations: float
+    """Bytes that it keeps for backward passes, by estimate."""
+
+    @property
+    def num_parameters(self) -> int:
+        """That one of its ranks computes with."""
+        return sum(unit.count * unit.numel for unit in self.units)
+
+    def fits(self, way: "Way", memory: float) -> bool:
+        """Whether `memory` bytes of a rank are enough, activations counted."""
+        return way.held.on_device + self.activations <= memory
+
+
+def setting_of(config: Config, *, world_size: int, ranks_per_node: int) -> Setting:
+    """The configured layout's.
+
+    Raises:
+        ValueError: degrees, batch, schedule or nodes do not fit each other.
+    """
+    degrees = config.parallel.sized(world_size)
+    microbatches = config.num_microbatches(world_size)
+    config.check_nodes(world_size, ranks_per_node)
+    part = _heaviest(config, microbatches)
+    return Setting(
+        config=config,
+        world_size=world_size,
+        ranks_per_node=ranks_per_node,
+        degrees=degrees,
+        microbatches=microbatches,
+        pipeline_rank=part.rank,
+        units=part.units,
+        activations=part.activations,
+    )
+
+
+def ways(setting: Setting) -> list[Way]:
+    """The ten points of the partition space, then ways to send less at the configured one."""
+    config = setting.config.zero
+    choices: list[tuple[str, ZeroConfig]] = []
+    for name, zero in _choices(config):
+        if all(_essence(zero) != _essence(other) for _, other in choices):
+            choices.append((name, zero))
+    if all(_essence(config) != _essence(other) for _, other in choices):
+        choices.append(("as configured", config))
+    found = []
+    for name, zero in choices:
+        try:
+            found.append(_way(setting, name, zero))
+        except ValueError:
+            continue  # this cluster's nodes do not allow it
+    return found
+
+
+def _choices(config: ZeroConfig) -> Iterator[tuple[str, ZeroConfig]]:
+    plain = replace(
+        config,
+        secondary_shard=0,
+        quantize_weights=Quantization.none,
+        quantize_gradients=Quantization.none,
+        error_feedback=False,
+    )
+    for point in POINTS:
+        yield NAMES[point], _at(plain, point)
+    base, name = _at(plain, config.extents), ""
+    if config.secondary_shard:
+        base = replace(plain, partition=PartitionConfig(), secondary_shard=config.secondary_shard)
+        name = f"secondary shard on {config.secondary_shard} ranks"
+        yield name, base
+    weights = _or(config.quantize_weights, Quantization.int8)
+    grads = _or(config.quantize_gradients, Quantization.int4)
+    for quantized in (
+        {"quantize_weights": weights},
+        {"quantize_gradients": grads},
+        {"quantize_weights": weights, "quantize_gradients": grads},
+    ):
+        told = [f"{kind.name} {key.removeprefix('quantize_')}" for key, kind in quantized.items()]
+        try:
+            yield " + ".join([*([name] if name else []), *told]), replace(base, **quantized)  # type: ignore[arg-type]
+        except ValueError:
+            continue  # this point takes no such quantization
+
+
+def _or(kind: Quantization, default: Quantization) -> Quantization:
+    return default if kind is Quantization.none else kind
+
+
+def _at(zero: ZeroConfig, point: Partition) -> ZeroConfig:
+    given = PartitionConfig(params=point.params, grads=point.grads, states=point.states)
+    return replace(zero, partition=given, secondary_shard=0)
+
+
+def _essence(zero: ZeroConfig) -> tuple[object, ...]:
+    """What two settings that do the same have in common."""
+    quantization = (zero.quantize_weights, zero.quantize_gradients, zero.error_feedback)
+    return zero.extents, zero.secondary_shard, quantization
+
+
+def _way(setting: Setting, name: str, zero: ZeroConfig) -> Way:
+    config, degrees = setting.config, setting.degrees
+    formats = Formats(
+        params=BYTES[config.precision.params],
+        compute=BYTES[config.precision.compute],
+        reduce=BYTES[config.precision.reduce],
+    )
+    span = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["tp"]
+    first = setting.pipeline_rank * span
+    # Every node looks like the first one.
+    places = [
+        place_of(rank, degrees, setting.ranks_per_node, zero)
+        for rank in range(first, first + min(span, setting.ranks_per_node))
+    ]
+    by_rank = [
+        sent(setting.units, zero, formats, place, microbatches=setting.microbatches)
+        for place in places
+    ]
+
+    def moments(shape: Shape, rows: int) -> int:
+        return moment_bytes(config.optim.name, shape, rows, size=formats.params)
+
+    return Way(
+        name=name,
+        zero=zero,
+        held=held(
+            setting.units,
+            zero,
+            formats,
+            places[0],
+            microbatches=setting.microbatches,
+            moments=moments,
+        ),
+        sent=_mean(by_rank),
+        configured=_essence(zero) == _essence(config.zero),
+    )
+
+
+def _mean(by_rank: list[dict[str, Traffic]]) -> dict[str, Traffic]:
+    kinds = sorted({kind for sent_by_one in by_rank for kind in sent_by_one})
+    none, count = Traffic(), len(by_rank)
+    return {
+        kind: Traffic(
+            inside=sum(found.get(kind, none).inside for found in by_rank) / count,
+            between=sum(found.get(kind, none).between for found in by_rank) / count,
+        )
+        for kind in kinds
+    }
+
+
+def moment_bytes(name: OptimizerName, shape: Shape, rows: int, *, size: int) -> int:
+    """Bytes of both moments of some rows; `size`: of a master's number."""
+    numel = rows * prod(shape[1:])
+    block = block_size(shape, FORMATS[name]) if name in FORMATS else None
+    if block is None:
+        return 2 * numel * size
+    return 2 * (numel // block) * (FORMATS[name].code_bytes(block) + 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What one pipeline rank holds."""
+
+    rank: int
+    units: list[UnitShapes]
+    activations: float
+
+    @property
+    def numel(self) -> int:
+        return sum(unit.count * unit.numel for unit in self.units)
+
+
+def _heaviest(config: Config, microbatches: int) -> _Part:
+    """The pipeline rank with the most parameters."""
+    whole = [range(config.model.num_layers)]
+    if config.parallel.pp == 1:
+        activations = estimated_memory(config, whole).f[0]
+        return _Part(rank=0, units=_units(config, whole), activations=activations)
+    if config.pipeline.schedule == "auto":  # without its search
+        placement, schedule = auto_placements(config)[0], None
+        cuts = stage_cuts(config, placement)
+    else:
+        plan = plan_pipeline(config, microbatches)
+        placement, schedule, cuts = plan.schedule.placement, plan.schedule, plan.cuts
+    parts = []
+    for rank in sorted(set(placement)):
+        mine = [cut for cut, owner in zip(cuts, placement, strict=True) if owner == rank]
+        if schedule is None:
+            activations = memory_limit(config, microbatches)
+        else:
+            activations = max(estimated_memory(config, cuts).after(schedule.orders[rank]))
+        parts.append(_Part(rank=rank, units=_units(config, mine), activations=activations))
+    return max(parts, key=lambda part: part.numel)
+
+
+def _units(config: Config, parts: list[range]) -> list[UnitShapes]:
+    tp = config.parallel.tp
+    return [unit for layers in parts for unit in unit_shapes(config.model, layers, tp=tp)]
