@@ -61,7 +61,7 @@ def measure(ranks: Ranks, config: Config) -> dict[str, Any]:
     return {
         "ms_per_100m": milliseconds,
         "bytes_per_parameter": {name: [held] for name, held in bytes_held.items()},
-        "left_out": left_out(ranks),
+        "left_out": left_out(),
     }
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import chain
 from typing import Any, Protocol
 
@@ -16,6 +15,9 @@ from phalanx.train.optim.registry import make_optimizer
 LR = 1e-3
 PEER = "torch_fused"
 """torch.optim.AdamW with its fused kernel: what everything is compared with."""
+
+PACKAGES = {"torchao": "torchao.optim", "deepspeed": "deepspeed.ops.adam"}
+"""What is measured too where it is installed (DeepSpeed's on CPUs): where its optimizers are."""
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -75,20 +77,28 @@ def contenders(config: OptimConfig, ranks: Ranks) -> dict[str, Callable[[Paramet
     }
     for name in OptimizerName:
         found[name.name] = lambda p, name=name: Ours(name, p, config)  # type: ignore[misc]
-    if find_spec("torchao") is not None:
+    torchao, deepspeed = map(_package, PACKAGES.values())
+    if torchao is not None:
         for bits in (8, 4):
-            make = getattr(import_module("torchao.optim"), f"AdamW{bits}bit")
+            make = getattr(torchao, f"AdamW{bits}bit")
             found[f"torchao_{bits}bit"] = lambda p, make=make: Theirs(make, p, **options)  # type: ignore[misc]
-    if find_spec("deepspeed") is not None and ranks.device_type == "cpu":
-        make = import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
+    if deepspeed is not None and ranks.device_type == "cpu":
+        make = deepspeed.DeepSpeedCPUAdam
         found["deepspeed_cpu_adam"] = lambda p: Theirs(make, p, adamw_mode=True, **options)
     return found
 
 
-def left_out(ranks: Ranks) -> list[str]:
+def left_out() -> list[str]:
     """Packages whose optimizers would be measured too, if they were here."""
-    wanted = ["torchao"] + (["deepspeed"] if ranks.device_type == "cpu" else [])
-    return [package for package in wanted if find_spec(package) is None]
+    return [name for name, module in PACKAGES.items() if _package(module) is None]
+
+
+def _package(module: str) -> Any:
+    """A module of a package that need not be there; None where it is not."""
+    try:
+        return import_module(module)
+    except ImportError:
+        return None
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

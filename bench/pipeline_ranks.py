@@ -148,7 +148,7 @@ def _executor(plan: Plan, schedule: Schedule) -> tuple[PipelineExecutor, OpSecon
     }
     executor = PipelineExecutor(
         stages,
-        shardings={index: Sharding(stage, []) for index, stage in stages.items()},
+        shardings={index: Sharding([]) for index in stages},
         schedule=schedule,
         store=store,
         group=dist.group.WORLD,

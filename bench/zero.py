@@ -17,11 +17,14 @@ from phalanx.bench import peer_deepspeed
 from phalanx.bench.figures import Figure, Request, compared
 from phalanx.bench.peer_deepspeed import DeepSpeedLoop
 from phalanx.bench.peer_fsdp2 import PeerLoop
-from phalanx.bench.turns import Ours, Side, quiet, take_turns
+from phalanx.bench.turns import Side, quiet, take_turns
 from phalanx.bench.zero_ways import BF16, FED_BACK, FP32, PLAIN, layout, num_ranks, ways
 from phalanx.parallel.comm_meter import Traffic
+from phalanx.parallel.mesh import build_mesh
 from phalanx.parallel.ranks import Ranks, process_group
+from phalanx.train.build import batch_source
 from phalanx.train.config import Config
+from phalanx.train.step import Engine
 
 OURS, DEEPSPEED, FSDP2 = "phalanx", "deepspeed", "fsdp2"
 ROUNDS, STEPS = 5, 4
@@ -42,10 +45,9 @@ def bench(request: Request) -> list[Figure]:
     peers = _peers()
     size = num_ranks(request.config)
     steps = request.config.bench.steps or STEPS
+    found = request.launch(count_bytes, counted, world_size=size, config=counted.launch)
     with tempfile.TemporaryDirectory(prefix="phalanx-bench-") as folder:
-        counted = quiet(counted, Path(folder) / "counted", steps=WARM_UP + COUNTED)
-        found = request.launch(count_bytes, counted, world_size=size, config=counted.launch)
-        timed = quiet(timed, Path(folder) / "timed", steps=steps * 20)
+        timed = quiet(timed, Path(folder), steps=steps * 20)
         times = request.launch(measure_time, timed, peers, world_size=size, config=timed.launch)[0]
     tokens = timed.training.global_batch_size * timed.training.seq_len * steps
     return [*byte_figures(found), *time_figures(times, tokens=tokens, peers=peers)]
@@ -58,16 +60,19 @@ def count_bytes(ranks: Ranks, config: Config) -> dict[str, dict[str, Traffic]]:
         for name, zero in ways(config).items():
             if name == FED_BACK:  # changes values, not sizes
                 continue
-            folder = str(Path(config.run.dir) / name)
-            own = replace(config, zero=zero, run=replace(config.run, dir=folder))
-            side = Side.ours(own, ranks)
-            side.run(WARM_UP)
-            assert isinstance(side.loop, Ours)
-            meter = side.loop.trainer.mesh.meter
-            meter.take()
-            side.run(COUNTED)
-            found[name] = meter.take()
-            side.close()
+            mesh = build_mesh(
+                config.parallel,
+                world_size=ranks.world_size,
+                device_type=ranks.device_type,
+                ranks_per_node=ranks.ranks_per_node,
+            )
+            engine = Engine(replace(config, zero=zero), mesh, ranks.device)
+            source = batch_source(config, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
+            for step in range(WARM_UP + COUNTED):
+                if step == WARM_UP:
+                    mesh.meter.take()
+                engine.update(engine.gradients(source.batch(step)), config.optim.lr.peak)
+            found[name] = mesh.meter.take()
     return found
 
 

@@ -29,8 +29,8 @@ def _about(setting: Setting, held_unit: str, sent_unit: str) -> list[str]:
     size, unit = setting.activations, _unit(setting.activations)
     lines = [
         f"{degrees or 'one rank'} on {nodes} node{'s' if nodes > 1 else ''} of "
-        f"{setting.ranks_per_node}, {setting.microbatches} microbatches, "
-        f"{setting.num_parameters:,} parameters"
+        f"{setting.ranks_per_node}, {setting.microbatches} "
+        f"microbatch{'es' if setting.microbatches > 1 else ''}, {setting.num_parameters:,} parameters"
         + (" on a tensor-parallel rank" if setting.degrees["tp"] > 1 else "")
         + (
             f" of pipeline rank {setting.pipeline_rank}, which holds most"
@@ -73,8 +73,8 @@ def _row(
 def _legend(memory: float | None) -> list[str]:
     lines = [
         "* configured. states: masters and optimizer, in brackets where they lie in the host's",
-        "memory. working: units gathered and gradients on their way, at most about. inside, between:",
-        "parameters and gradients sent to ranks of the same node, and to others.",
+        "memory. working: units gathered and gradients on their way, at most about. inside and",
+        "between: parameters and gradients sent to ranks of the same node, and to others.",
     ]
     if memory is not None:
         lines.append(f"fits: with activations, into {_in(memory, _unit(memory))} {_unit(memory)}.")
@@ -89,4 +89,5 @@ def _unit(size: float) -> str:
 
 
 def _in(size: float, unit: str) -> str:
-    return f"{size / 1024 ** _UNITS.index(unit):.2f}"
+    size /= 1024 ** _UNITS.index(unit)
+    return f"{size:.3g}" if size < 999.5 else f"{size:.0f}"

@@ -4,6 +4,7 @@ Torch-free, and no rank is started.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -36,6 +37,7 @@ def _plan(job: Job, *, flags: Flags) -> None:
     if flags.json_file is not None:
         text = json.dumps(figures(setting, found, flags.memory), indent=2)
         flags.json_file.write_text(f"{text}\n")
+        print(f"wrote {flags.json_file}", file=sys.stderr)
 
 
 def _setting(config: Config) -> Setting:

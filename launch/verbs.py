@@ -158,7 +158,7 @@ VERBS: dict[str, Verb] = {
     "bench": Verb(
         run=bench,
         usage=f"phalanx bench {'|'.join(BENCHES)} [--json FILE] [OVERRIDES]",
-        summary="measure: a step, the start-up, pipelines, weight gradients, ZeRO, networks, optimizers",
+        summary="measure: steps, start-up, pipelines, weight gradients, ZeRO, networks, optimizers",
         examples=(
             "phalanx bench step parallel.dp_shard=2 parallel.pp=1 --json step.json",
             "phalanx bench startup experiment=tiny",

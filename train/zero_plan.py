@@ -19,6 +19,8 @@ from phalanx.train.optim.config import OptimizerName
 from phalanx.train.pipeline_plan import auto_placements, memory_limit, plan_pipeline, stage_cuts
 from phalanx.train.stage_costs import BYTES, estimated_memory
 
+_SHORT = {"quantize_weights": "weights", "quantize_gradients": "grads"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
@@ -128,11 +130,12 @@ def _choices(config: ZeroConfig) -> Iterator[tuple[str, ZeroConfig]]:
         {"quantize_gradients": grads},
         {"quantize_weights": weights, "quantize_gradients": grads},
     ):
-        told = [f"{kind.name} {key.removeprefix('quantize_')}" for key, kind in quantized.items()]
+        told = [f"{kind.name} {_SHORT[key]}" for key, kind in quantized.items()]
         try:
-            yield " + ".join([*([name] if name else []), *told]), replace(base, **quantized)  # type: ignore[arg-type]
+            changed = replace(base, **quantized)  # type: ignore[arg-type]
         except ValueError:
             continue  # this point takes no such quantization
+        yield ", ".join([name, *told] if name else told), changed
 
 
 def _or(kind: Quantization, default: Quantization) -> Quantization:

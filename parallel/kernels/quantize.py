@@ -27,8 +27,8 @@ ROUNDER, ROUNDER_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
 FP8_ROUNDER, FP8_ROUNDER_BITS = tl.constexpr(16384.0), tl.constexpr(0x46800000)
 """2^14: the same in steps of 2^-9, those of fp8 under 2^-6."""
 
-TILE = 2048
-"""Elements of a program, or one block."""
+TILE = 1024
+"""Bytes of codes that a program makes or reads, or one block's."""
 
 
 def quantize(
@@ -274,7 +274,8 @@ def _value(code, KIND: tl.constexpr):
         bits = code & 0x7F
         large = ((bits << 20) + (120 << 23)).to(tl.float32, bitcast=True)
         magnitude = tl.where(bits < 8, bits.to(tl.float32) * 0.001953125, large)
-        value = tl.where((code & 0x80) != 0, -magnitude, magnitude)
+        sign = (code & 0x80) << 24
+        value = (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     else:
         value = code.to(tl.float32)
     return value

@@ -93,7 +93,8 @@ class SliceLayout:
         return parts
 
     def unpack(self, slots: Tensor, wholes: Sequence[Tensor]) -> None:
-        """Copy slots (L, R, N) into the whole parameters, flat ones too."""
+        """Copy slots, (L R, N) in any shape, into the whole parameters, flat ones too."""
+        slots = slots.view(self.local, self.across, self.numel)
         for entry, whole in zip(self.entries, wholes, strict=True):
             for part, place in self._pieces(entry, slots, whole.view(-1)):
                 place.copy_(part)

@@ -78,14 +78,8 @@ class UnitParameter:
         )
 
 
-def shard_parameter(
-    parameter: nn.Parameter, spec: DeviceMesh, slice_index: int
-) -> tuple[nn.Parameter, UnitParameter]:
-    """Cut a parameter along dim 0 over the last axis of `spec`; on the meta device, too.
-
-    Raises:
-        ValueError: it has no dim 0.
-    """
+def shard_parameter(parameter: nn.Parameter, spec: DeviceMesh, slice_index: int) -> UnitParameter:
+    """Cut a parameter along dim 0 over the last axis of `spec`; on the meta device, too."""
     assert parameter.dim() > 0, "a parameter without dimensions cannot be cut"
     tensor_parallel = None
     whole = parameter.detach()
@@ -113,7 +107,6 @@ def shard_parameter(
         ),
         requires_grad=parameter.requires_grad,
     )
-    unit = UnitParameter(
+    return UnitParameter(
         places=[], shape=tuple(whole.shape), tensor_parallel=tensor_parallel, sharded=sharded
     )
-    return sharded, unit

@@ -66,7 +66,7 @@ NAMES = {
     Partition(_N, _G, _G): "ZeRO 2",
     Partition(_I, _I, _I): "MiCS, HSDP",
     Partition(_I, _I, _G): "PaRO-IIG",
-    Partition(_I, _G, _G): "ZeRO 3 with a secondary shard (ZeRO++ hpZ)",
+    Partition(_I, _G, _G): "ZeRO++ hpZ",
     Partition(_G, _G, _G): "ZeRO 3",
 }
 """What others call the points."""

@@ -81,13 +81,9 @@ class Codec:
         size, device = min(blocks_KNB.numel(), GROUP), blocks_KNB.device
         self.floats = Scratch(size, torch.float32, device)
         """For what is computed before codes or after them."""
-        packed = fmt.kind is Quantization.int4
-        self.halves = (
-            Scratch(size // 2, torch.float32, device)
-            if packed
-            else Scratch(size, torch.int16, device)
-        )
-        """Packed int4 as fp32, or fp8 as fp16."""
+        wide = torch.int16 if fmt.kind is Quantization.fp8 else torch.int8
+        self.whole = Scratch(fmt.code_bytes(size), wide, device)
+        """For codes as whole numbers; fp8 takes 16 bits."""
         self.unit = 256.0 if fmt.kind is Quantization.fp8 else 1.0
         """Value of a 1 that `_read` gives."""
 
@@ -100,7 +96,7 @@ class Codec:
         scaled.round_()
         if self.kind is Quantization.int4:
             first, second = scaled.chunk(2, dim=2)
-            scaled = torch.add(first, second, alpha=16, out=self.halves.like(codes))
+            scaled = first.add_(second, alpha=16)
         codes.copy_(scaled)
 
     def rounded_away(self, x: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
@@ -138,15 +134,14 @@ class Codec:
         if self.kind is Quantization.int8:
             out.copy_(codes)
         elif self.kind is Quantization.int4:
-            both = self.halves.like(codes).copy_(codes)
             first, second = out.chunk(2, dim=2)
-            torch.mul(both, 1 / 16, out=second)
-            second.round_()
-            torch.add(both, second, alpha=-16, out=first)
+            whole = torch.add(codes, 8, out=self.whole.like(codes)).bitwise_right_shift_(4)
+            second.copy_(whole)
+            first.copy_(torch.sub(codes, whole, alpha=16, out=whole))
         else:
             # fp16 has one more bit of exponent, and a bias that is larger by 8: sign to its place,
             # a 0 behind it, then the other seven bits.
-            bits = self.halves.like(codes).copy_(codes)
+            bits = self.whole.like(codes).copy_(codes)
             bits.mul_(128).bitwise_and_(-0x4001)
             out.copy_(bits.view(torch.float16))
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from phalanx.parallel.mesh import Mesh
-from phalanx.parallel.plan import ModelPlan
+from phalanx.parallel.plan import ModelPlan, ShardUnit
 from phalanx.parallel.zero.collectives import Lane
 from phalanx.parallel.zero.config import Offload, ZeroConfig
+from phalanx.parallel.zero.gathered import Dtypes
 from phalanx.parallel.zero.groups import zero_groups
-from phalanx.parallel.zero.unit import Dtypes, Lanes, Unit
+from phalanx.parallel.zero.unit import Settings, Unit, cut_parameters
 
 
 class Sharder:
@@ -28,49 +29,53 @@ class Sharder:
         Raises:
             ValueError: the ranks of a node do not fit `config`.
         """
-        self._config, self._dtypes = config, dtypes
-        self._device = torch.device(mesh.device_type)
-        if mesh.device_type == "cuda":
-            self._device = torch.device("cuda", torch.cuda.current_device())
-        self.master_device = torch.device("cpu") if config.offload is Offload.cpu else self._device
-        self._groups = zero_groups(mesh, config)
-        self._lanes = Lanes(params=Lane(self._device), grads=Lane(self._device))
+        device = torch.device(mesh.device_type)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.master_device = torch.device("cpu") if config.offload is Offload.cpu else device
+        """Where master parameters and optimizer states lie."""
+        self._settings = Settings(
+            config=config,
+            groups=zero_groups(mesh, config),
+            dtypes=dtypes,
+            device=device,
+            param_lane=Lane(device),
+            grad_lane=Lane(device),
+        )
+        self._taken: set[int] = set()
         # A single rank is left as it is where that changes nothing.
         self._has_work = (
             mesh.dp_size * mesh.size("cp") > 1
             or dtypes.params != dtypes.compute
-            or self.master_device != self._device
+            or self.master_device != device
         )
 
     def shard(self, model: nn.Module, plan: ModelPlan) -> "Sharding":
         """Divide a model's parameters, in place; it may lie on the meta device."""
         if not self._has_work:
-            return Sharding(model, [])
-        options: dict[str, Any] = {
-            "taken": set(),
-            "groups": self._groups,
-            "config": self._config,
-            "dtypes": self._dtypes,
-            "lanes": self._lanes,
-            "device": self._device,
-        }
-        units = {block: Unit([block], **options) for block in plan.blocks}
-        for group in plan.shard_units:
-            units[group.modules[0]] = Unit(
-                group.modules,
-                keep_gathered=group.keep_gathered,
-                unused_in_backward=group.unused_in_backward,
-                **options,
-            )
-        rest = Unit([model], keep_gathered=True, **options)
-        in_order = [units[module] for module in model.modules() if module in units]
-        return Sharding(model, [unit for unit in (rest, *in_order) if unit.has_parameters])
+            return Sharding([])
+        units: dict[nn.Module, Unit] = {}
+        for group in (
+            *(ShardUnit(modules=[block]) for block in plan.blocks),
+            *plan.shard_units,
+            ShardUnit(modules=[model], keep_gathered=True),  # what no other has
+        ):
+            params = cut_parameters(group.modules, self._settings.groups, self._taken)
+            if params:
+                units[group.modules[0]] = Unit(
+                    group.modules,
+                    params,
+                    self._settings,
+                    keep_gathered=group.keep_gathered,
+                    unused_in_backward=group.unused_in_backward,
+                )
+        return Sharding([units[module] for module in model.modules() if module in units])
 
 
 class Sharding:
     """The units of one model or stage, in the order they run; none where nothing is divided."""
 
-    def __init__(self, model: nn.Module, units: list[Unit]) -> None:
+    def __init__(self, units: list[Unit]) -> None:
         self.units = units
         self._last = True
         self._deferring = False
@@ -90,14 +95,14 @@ class Sharding:
     def after_weight_gradient(self, *, last: bool) -> None:
         """Take up the deferred weight gradients of a microbatch; `last`: of the step."""
         for unit in reversed(self.units):
-            unit.take_gradients(last=last)
+            unit.reduced.take(last=last)
         if last:
             self._end_step()
 
     def forget(self) -> None:
         """Free all that was gathered, for the masters may have changed."""
         for unit in self.units:
-            unit.forget()
+            unit.gathered.forget()
 
     def enter_backward(self) -> None:
         """A unit's backward pass begins."""
@@ -111,8 +116,8 @@ class Sharding:
             return
         self._open.remove(unit)
         if not self._deferring:
-            unit.take_gradients(last=self._last)
-        unit.free()
+            unit.reduced.take(last=self._last)
+        unit.gathered.free()
 
     def _leave_backward(self) -> None:
         for unit in reversed(self._open or ()):
@@ -123,7 +128,7 @@ class Sharding:
 
     def _end_step(self) -> None:
         for unit in reversed(self.units):
-            unit.settle_gradients()
+            unit.reduced.settle()
         # The optimizer comes next.
         self.forget()
 
@@ -144,9 +149,9 @@ class _Hooks:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._unit.gather()
+        self._unit.gathered.finish()
         for other in self._after:
-            other.start_gather()
+            other.gathered.start()
         if not torch.is_grad_enabled():
             return args, kwargs
         watched = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.requires_grad]
@@ -159,7 +164,7 @@ class _Hooks:
 
     def _after_forward(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if not self._unit.keep_gathered:
-            self._unit.free()
+            self._unit.gathered.free()
         if output.requires_grad:
             output.register_hook(self._before_backward)
 
@@ -167,9 +172,9 @@ class _Hooks:
         self._sharding.enter_backward()
         if self._unit.unused_in_backward:
             return
-        self._unit.gather()
+        self._unit.gathered.finish()
         for other in self._before:
-            other.start_gather()
+            other.gathered.start()
 
     def after_backward(self) -> None:
         """Every gradient of the unit's inputs, and so of its parameters, is there."""

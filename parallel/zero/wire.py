@@ -14,16 +14,12 @@ class Wire:
     """
 
     def __init__(self, layout: SliceLayout, dtype: torch.dtype, fmt: BlockFormat | None) -> None:
-        self._matrices = layout.matrix_numel if fmt is not None else 0
-        self._format = fmt
-        self.dtype = dtype
-        codes = fmt.wire_bytes(self._matrices) if fmt is not None and self._matrices else 0
-        if not codes:
-            self._format = None
-        self._codes = codes
-        self._matrices = self._matrices if codes else 0
-        self.numel = layout.numel
-        self.nbytes = codes + (layout.numel - self._matrices) * dtype.itemsize
+        self.layout, self.dtype = layout, dtype
+        self._format = fmt if layout.matrix_numel else None
+        self.quantized_numel = layout.matrix_numel if self._format is not None else 0
+        """Elements of a slice that rounding touches, from its beginning on."""
+        self._codes = 0 if self._format is None else self._format.wire_bytes(self.quantized_numel)
+        self.nbytes = self._codes + (layout.numel - self.quantized_numel) * dtype.itemsize
         """Bytes of a slice."""
 
     def pack(self, slices: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -35,29 +31,24 @@ class Wire:
         if self._format is None:
             return slices.to(self.dtype).view(torch.uint8)
         out = slices.new_empty(slices.shape[0], self.nbytes, dtype=torch.uint8)
-        quantize(slices[:, : self._matrices], out[:, : self._codes], self._format, residual)
-        out[:, self._codes :].view(self.dtype).copy_(slices[:, self._matrices :])
+        quantize(slices[:, : self.quantized_numel], out[:, : self._codes], self._format, residual)
+        out[:, self._codes :].view(self.dtype).copy_(slices[:, self.quantized_numel :])
         return out
 
     def unpack(self, rows: Tensor) -> Tensor:
         """(K, nbytes) -> (K, N) in `dtype`; may share memory."""
         if self._format is None:
             return rows.view(self.dtype)
-        out = rows.new_empty(rows.shape[0], self.numel, dtype=self.dtype)
-        dequantize(rows[:, : self._codes], out[:, : self._matrices], self._format)
-        out[:, self._matrices :].copy_(rows[:, self._codes :].view(self.dtype))
+        out = rows.new_empty(rows.shape[0], self.layout.numel, dtype=self.dtype)
+        dequantize(rows[:, : self._codes], out[:, : self.quantized_numel], self._format)
+        out[:, self.quantized_numel :].copy_(rows[:, self._codes :].view(self.dtype))
         return out
 
     def unpack_sum(self, rows: Tensor, out: Tensor) -> None:
         """Sum of (K, nbytes) over K, in order, to (N,) in `dtype`."""
         assert self._format is not None
-        dequantize_sum(rows[:, : self._codes], out[: self._matrices], self._format)
-        torch.sum(rows[:, self._codes :].view(self.dtype), 0, out=out[self._matrices :])
-
-    @property
-    def residual_numel(self) -> int:
-        """Elements of a slice that rounding touches."""
-        return self._matrices
+        dequantize_sum(rows[:, : self._codes], out[: self.quantized_numel], self._format)
+        torch.sum(rows[:, self._codes :].view(self.dtype), 0, out=out[self.quantized_numel :])
 
     @property
     def is_quantized(self) -> bool:

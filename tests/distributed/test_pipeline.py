@@ -17,7 +17,7 @@ from phalanx.parallel.pipeline.graph import Kind, Op, Schedule
 from phalanx.parallel.pipeline.runtime import PipelineExecutor
 from phalanx.parallel.pipeline.schedules.registry import GENERATORS, make_schedule
 from phalanx.parallel.ranks import Ranks, process_group
-from phalanx.parallel.zero.unit import Unit
+from phalanx.parallel.zero.gathered import Gathered
 from phalanx.train.config import Precision, PrecisionConfig
 from phalanx.train.step import Engine
 from tests.small import make_config, make_engine, rank_batch
@@ -255,16 +255,16 @@ class Watch:
         stage = self.stages[op.stage]
         blocks = list(stage.layers.children())  # type: ignore[union-attr, operator]
         units = self.shardings[op.stage].units
-        params = [p for unit in units for p in unit._params]
+        params = [p for unit in units for p in unit.params]
         self.seen.append(
             Held(
                 op,
                 self.gathers - before,
                 len(blocks),
-                sum(unit.ready for unit in units if unit.modules[0] in blocks),
+                sum(unit.gathered.ready for unit in units if unit.modules[0] in blocks),
                 sum(p.whole is not None and p.whole.grad is not None for p in params),
                 sum(p.sharded.grad is not None for p in params)
-                + sum(bool(unit._reductions) or unit._summed is not None for unit in units),
+                + sum(unit.reduced.holds_any for unit in units),
             )
         )
 
@@ -276,14 +276,14 @@ def held(ranks: Ranks) -> list[list[Held]]:
     """Of a second step each."""
     found = []
     with process_group(ranks), pytest.MonkeyPatch.context() as patch:
-        gather, watches = Unit._gather, []
+        gather, watches = Gathered._gather, []
 
-        def counted(unit: Unit) -> Any:
+        def counted(unit: Gathered) -> Any:
             for watch in watches:
                 watch.gathers += 1
             return gather(unit)
 
-        patch.setattr(Unit, "_gather", counted)
+        patch.setattr(Gathered, "_gather", counted)
         for schedule, stage in ZERO_RUNS:
             engine = make_engine(ranks, pipeline(schedule, pp=2, dp_shard=2, stage=stage))
             engine.gradients(rank_batch(engine))

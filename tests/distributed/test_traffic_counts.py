@@ -22,16 +22,19 @@ BINS = SIZE * bins_of(torch.zeros(1, dtype=torch.float64)).numel()
 """Bytes of a sum's bins."""
 
 
-def step_traffic(ranks: Ranks, config: Config) -> dict[str, Traffic]:
-    """What this rank sends in a second step."""
+def step_traffic(ranks: Ranks, *configs: Config) -> list[dict[str, Traffic]]:
+    """What this rank sends in a second step of each configuration."""
+    found = []
     with process_group(ranks):
-        engine = make_engine(ranks, config)
-        meter = engine.mesh.meter
-        with TensorTraffic(meter, tensor_parallel=config.parallel.tp > 1, compiled=False):
-            for number in range(2):
-                meter.take()
-                engine.update(engine.gradients(rank_batch(engine, number=number)), lr=1e-3)
-        return meter.take()
+        for config in configs:
+            engine = make_engine(ranks, config)
+            meter = engine.mesh.meter
+            with TensorTraffic(meter, tensor_parallel=config.parallel.tp > 1, compiled=False):
+                for number in range(2):
+                    meter.take()
+                    engine.update(engine.gradients(rank_batch(engine, number=number)), lr=1e-3)
+            found.append(meter.take())
+    return found
 
 
 def tokens_bytes(config: Config) -> int:
@@ -39,32 +42,26 @@ def tokens_bytes(config: Config) -> int:
     return config.training.seq_len * config.model.dim * SIZE
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
-@pytest.mark.parametrize("tied", [False, True])
 def test_a_pipeline_sends_an_activation_and_a_gradient_a_microbatch_and_boundary(
-    schedule: str, tied: bool, run_ranks: Callable[..., list[Any]]
-) -> None:
-    config = make_config(pp=2, schedule=schedule, tied=tied)
-    first, last = run_ranks(step_traffic, config, world_size=2, nodes=2)
-    # Stages of a V: ranks 0 1 1 0, so that each rank sends both ways over the two boundaries
-    # between ranks; and the tied weight's gradients meet on the first rank.
-    crossings = 2 if schedule == "zb_v" else 1
-    messages = crossings * MICROBATCHES * tokens_bytes(config)
-    weight = config.model.vocab_size * config.model.dim * SIZE
-    exchanged = weight if tied and schedule == "1f1b" else 0
-    for sent in (first, last):
-        assert sent["pipeline"] == Traffic(between=messages + exchanged)
-        # One all-reduce of the loss, the norms and the stop request, over a ring of two.
-        assert sent["control"] == Traffic(between=3 * BINS)
-        assert set(sent) == {"pipeline", "control"}
-
-
-def test_a_pipeline_inside_a_node_sends_nothing_between_nodes(
     run_ranks: Callable[..., list[Any]],
 ) -> None:
-    config = make_config(pp=2, tp=1)
-    for sent in run_ranks(step_traffic, config, world_size=2):
-        assert sent["pipeline"] == Traffic(inside=MICROBATCHES * tokens_bytes(config))
+    cases = [(schedule, tied) for schedule in ("1f1b", "zb_v") for tied in (False, True)]
+    configs = [make_config(pp=2, schedule=schedule, tied=tied) for schedule, tied in cases]
+    data_parallel = make_config(dp_shard=2)
+    for by_case in run_ranks(step_traffic, *configs, data_parallel, world_size=2, nodes=2):
+        for (schedule, tied), config, sent in zip(cases, configs, by_case, strict=False):
+            # Stages of a V: ranks 0 1 1 0, so that each rank sends both ways over the two
+            # boundaries between ranks; and the tied weight's gradients meet on the first rank.
+            crossings = 2 if schedule == "zb_v" else 1
+            messages = crossings * MICROBATCHES * tokens_bytes(config)
+            weight = config.model.vocab_size * config.model.dim * SIZE
+            exchanged = weight if tied and schedule == "1f1b" else 0
+            assert sent["pipeline"] == Traffic(between=messages + exchanged), (schedule, tied)
+            # One all-reduce of the loss, the norms and the stop request, over a ring of two.
+            assert sent["control"] == Traffic(between=3 * BINS)
+            assert set(sent) == {"pipeline", "control"}
+        # Before it, one of the tokens that are learned from.
+        assert by_case[-1]["control"] == Traffic(between=SIZE + 3 * BINS)
 
 
 def test_tensor_parallelism_sends_two_gathers_and_two_scatters_a_block_and_pass(
@@ -72,8 +69,9 @@ def test_tensor_parallelism_sends_two_gathers_and_two_scatters_a_block_and_pass(
 ) -> None:
     """Korthikanti et al. (2022), section 4.2.2; every rank sends its half of what is gathered, and
     the other's half of what is scattered."""
-    config = make_config(tp=2)
-    counted = run_ranks(step_traffic, config, world_size=2)
+    config = make_config(tp=2, num_layers=3)
+    pipeline = make_config(pp=2, num_layers=3)
+    counted = run_ranks(step_traffic, config, pipeline, world_size=2)
     half = tokens_bytes(config) // 2
     blocks = 4 * config.model.num_layers
     embedding_and_head = 2
@@ -82,9 +80,10 @@ def test_tensor_parallelism_sends_two_gathers_and_two_scatters_a_block_and_pass(
     # The loss: a token's highest logit, then its sum and its label's logit, in rings of two.
     loss = MICROBATCHES * config.training.seq_len * 3 * SIZE
     norms = norm_bytes(config)
-    for sent in counted:
+    for sent, in_pipeline in counted:
         assert sent["tensor"] == Traffic(inside=stream + loss + norms)
         assert sent["control"] == Traffic(inside=3 * BINS)
+        assert in_pipeline["pipeline"] == Traffic(inside=MICROBATCHES * tokens_bytes(config))
 
 
 def norm_bytes(config: Config) -> int:
@@ -92,14 +91,6 @@ def norm_bytes(config: Config) -> int:
     model = config.model
     head_norms = 2 * model.size_of_head
     return (model.num_layers * (2 * model.dim + head_norms) + model.dim) * SIZE
-
-
-def test_data_parallel_control_is_the_count_of_tokens_and_the_sums(
-    run_ranks: Callable[..., list[Any]],
-) -> None:
-    config = make_config(dp_shard=2)
-    for sent in run_ranks(step_traffic, config, world_size=2, nodes=2):
-        assert sent["control"] == Traffic(between=SIZE + 3 * BINS)
 
 
 def unseen(ranks: Ranks, config: Config) -> tuple[dict[str, Traffic], bool]:

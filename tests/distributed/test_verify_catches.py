@@ -118,7 +118,7 @@ def report_with(data: DataConfig, mistake: Callable[[], None], layout: dict[str,
         (optimizer_state_not_saved, {"dp_shard": 2}, "after resuming: step 1: wrong update"),
         (dropped_microbatch, {"dp_shard": 2}, "step 0: wrong gradient"),
         (tied_copies_not_added, {"pp": 2}, "copies of grad.embed.weight differ between ranks"),
-        (replicas_not_reduced, {"dp_replicate": 2}, "tensors missing: grad."),
+        (replicas_not_reduced, {"dp_replicate": 2}, "differ between ranks"),
         (norm_counts_replicas, {"tp": 2}, None),
     ],
 )

@@ -33,7 +33,9 @@ pytestmark = [
 
 KINDS = tuple(LARGEST)
 SHAPES = [(1, 1, 8), (3, 13, 24), (2, 301, 10), (1, 7, 256), (5, 1, 66), (2, 3, 3000)]
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS = [torch.float32, torch.float64, torch.float16]
+if not INTERPRETED:  # the interpreter cuts bf16 off, where GPUs round
+    FLOATS.append(torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -115,13 +117,15 @@ def test_floats_of_torch(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_code_comes_back(kind: dispatch.Quantization) -> None:
-    """All bytes that codes can be; e4m3's two NaN are none."""
+    """All bytes that codes can be: not the NaN of e4m3, and no more than two 7 in a byte."""
     fmt = BlockFormat(kind, 512 if kind is dispatch.Quantization.int4 else 256)
     wire = torch.zeros(1, fmt.wire_bytes(fmt.block), dtype=torch.uint8)
     codes, scales = split(wire, fmt.block, fmt)
     codes.copy_(torch.arange(-128, 128))
     if kind is dispatch.Quantization.fp8:
         codes[codes & 0x7F == 0x7F] = 0
+    elif kind is dispatch.Quantization.int4:
+        codes.clamp_(-7 * 16 - 7, 7 * 16 + 7)
     scales.fill_(0.75)
     wanted = torch.empty(1, fmt.block)
     quantize_torch.dequantize(codes, scales, wanted, fmt)

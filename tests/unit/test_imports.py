@@ -19,6 +19,7 @@ TORCH_FREE = [
     "phalanx.train.pipeline_plan",
     "phalanx.launch.cli",
     "phalanx.launch.compose",
+    "phalanx.launch.plan_verb",
 ]
 
 

@@ -1,0 +1,145 @@
+"""The gradients' side of a unit: taken up after each backward pass, summed over ranks.
+
+Whole gradients become slots, which are summed inside a node first, then between nodes, then over
+copies (see `layout`). How far the sum of one microbatch goes depends on the extent of gradients:
+what it does not reach is added up over microbatches, and goes on at the last one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from phalanx.parallel.zero.collectives import Hop, Lane, Steps, Transfer
+from phalanx.parallel.zero.gathered import Dtypes
+from phalanx.parallel.zero.groups import Groups
+from phalanx.parallel.zero.parameter import UnitParameter
+from phalanx.parallel.zero.partition import Extent
+from phalanx.parallel.zero.wire import Wire
+
+
+class Reduced:
+    """Gradients of one unit, on their way from whole ones to the masters'."""
+
+    def __init__(
+        self,
+        params: Sequence[UnitParameter],
+        wire: Wire,
+        *,
+        groups: Groups,
+        extent: Extent,
+        dtypes: Dtypes,
+        lane: Lane,
+        device: torch.device,
+        error_feedback: bool,
+    ) -> None:
+        """`extent`: the ranks that divide gradients between microbatches."""
+        self._params, self._wire, self._groups = params, wire, groups
+        self._extent, self._dtypes, self._lane, self._device = extent, dtypes, lane, device
+        self._error_feedback = error_feedback and wire.is_quantized
+        self.residuals: dict[str, Tensor] = {}
+        """What rounding took from gradients so far, by hop (zero.error_feedback)."""
+        self._summed: Tensor | None = None
+        """Over microbatches, as far as the extent lets each be reduced."""
+        self._transfers: list[Transfer[None]] = []
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether gradients were taken up that the masters do not have yet."""
+        return self._summed is not None or bool(self._transfers)
+
+    @torch.no_grad()
+    def take(self, *, last: bool) -> None:
+        """Take up what a backward pass left; `last`: of the step."""
+        if self._params[0].whole is None:
+            return
+        at_once = self._extent is not Extent.none
+        same_format = self._dtypes.reduce == self._dtypes.compute
+        if not (at_once or last or self._summed is not None) and same_format:
+            return  # autograd adds the next ones to them
+        grads = [param.take_gradient() for param in self._params]
+        if all(grad is None for grad in grads) and self._summed is None:
+            return
+        if at_once:
+            self._begin(grads, last=last)
+            return
+        self._summed = self._pack(grads, onto=self._summed)
+        if last:
+            slots, self._summed = self._summed, None
+            self._lane.uses(slots)
+            self._transfers.append(self._lane.begin(lambda: self._reduce(slots, last=True)))
+
+    def settle(self) -> None:
+        """After a step's last backward pass: have the masters' gradients."""
+        for transfer in self._transfers:
+            self._lane.finish(transfer)
+        self._transfers.clear()
+
+    def _begin(self, grads: list[Tensor | None], *, last: bool) -> None:
+        for grad in grads:
+            if grad is not None:
+                self._lane.uses(grad)
+
+        def steps() -> Steps[None]:
+            slots = self._pack(grads)
+            grads.clear()
+            yield from self._reduce(slots, last=last)
+
+        under_way = [transfer for transfer in self._transfers if not transfer.done]
+        self._transfers = [*under_way, self._lane.begin(steps)]
+
+    def _pack(self, grads: list[Tensor | None], onto: Tensor | None = None) -> Tensor:
+        """Whole gradients as slots (L, R, N), added to those before."""
+        layout, is_first = self._wire.layout, onto is None
+        if onto is None:
+            shape = layout.local, layout.across, layout.numel
+            onto = torch.empty(shape, dtype=self._dtypes.reduce, device=self._device)
+        layout.pack(grads, onto, add=not is_first)
+        return onto
+
+    @torch.no_grad()
+    def _reduce(self, slots: Tensor, *, last: bool) -> Steps[None]:
+        """Sum slots over ranks, as far as this microbatch asks for it."""
+        groups = self._groups
+        values = yield from self._sum_hop(groups.local, slots, "local")
+        if self._extent is Extent.node:
+            values = self._add_up(values)
+            if not last:
+                return
+        values = yield from self._sum_hop(groups.across, values, "across")
+        if self._extent is Extent.all:
+            values = self._add_up(values)
+            if not last:
+                return
+        self._summed = None
+        own = yield from groups.copies.all_reduce("replicas", values)
+        parts = self._wire.layout.parts_of(own, groups.slice_index)
+        for param, part in zip(self._params, parts, strict=True):
+            param.set_gradient(part)
+
+    def _add_up(self, values: Tensor) -> Tensor:
+        """Add to the sum over microbatches so far."""
+        self._summed = values if self._summed is None else self._summed.add_(values)
+        return self._summed
+
+    def _sum_hop(self, hop: Hop, values: Tensor, name: str) -> Steps[Tensor]:
+        """Sum over a hop's n ranks of what is for this one: (n, m, N) in any shape -> (m N,)."""
+        wire = self._wire
+        if hop.size == 1 or not wire.is_quantized:
+            summed = yield from hop.reduce_scatter("grads", values.view(hop.size, -1))
+            return summed
+        rows = values.view(-1, wire.layout.numel)
+        packed = wire.pack(rows, self._residual(name, rows))
+        received = yield from hop.exchange("grads", packed.view(hop.size, -1))
+        received = received.view(hop.size, -1, wire.nbytes)
+        out = rows.new_empty(received.shape[1], wire.layout.numel)
+        for index, row in enumerate(out):
+            wire.unpack_sum(received[:, index], row)
+        return out.view(-1)
+
+    def _residual(self, name: str, rows: Tensor) -> Tensor | None:
+        if not self._error_feedback:
+            return None
+        if name not in self.residuals:
+            self.residuals[name] = rows.new_zeros(rows.shape[0], self._wire.quantized_numel)
+        return self.residuals[name]
