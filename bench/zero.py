@@ -77,14 +77,15 @@ def count_bytes(ranks: Ranks, config: Config) -> dict[str, dict[str, Traffic]]:
 
 
 def byte_figures(found: list[dict[str, dict[str, Traffic]]]) -> Iterator[Figure]:
-    """Bytes a step over all ranks and kinds, and as shares of what plain ZeRO-3 sends."""
-    total = {
-        way: {
-            link: sum(getattr(t, link) for rank in found for t in rank[way].values()) / COUNTED
-            for link in LINKS
-        }
-        for way in found[0]
-    }
+    """Bytes a step over all ranks and kinds, and as shares of what plain ZeRO-3 sends.
+
+    Our plain ZeRO-3 gathers neither embedding nor head again for the backward pass. `of_zero3` are
+    shares of what one sends between nodes that gathers everything twice, as ZeRO++'s authors
+    count: twice the parameters that hpZ gathers there, which is each once.
+    """
+    total = {way: {link: _total(found, way, link) for link in LINKS} for way in found[0]}
+    zero3 = total[PLAIN]["between"] - _total(found, PLAIN, "between", "params")
+    zero3 += 2 * _total(found, "hpz", "between", "params")
     for way, sent in total.items():
         for link in LINKS:
             name, plain = f"zero.{way}.{link}", total[PLAIN][link]
@@ -95,6 +96,16 @@ def byte_figures(found: list[dict[str, dict[str, Traffic]]]) -> Iterator[Figure]
             yield compared(name, "bytes/step", PLAIN, [sent[link]], peer, less_is_better=True)
             share = sent[link] / plain
             yield Figure(name=f"{name}_share", value=share, unit="of plain")
+        share = sent["between"] / zero3
+        yield Figure(name=f"zero.{way}.between_of_zero3", value=share, unit="of ZeRO-3")
+
+
+def _total(
+    found: list[dict[str, dict[str, Traffic]]], way: str, link: str, kind: str | None = None
+) -> float:
+    """Bytes a step of all ranks over a link, of one kind or all."""
+    kept = [t for rank in found for k, t in rank[way].items() if kind in (None, k)]
+    return float(sum(getattr(traffic, link) for traffic in kept)) / COUNTED
 
 
 def measure_time(ranks: Ranks, config: Config, peers: list[str]) -> dict[str, Any]:

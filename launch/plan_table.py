@@ -26,21 +26,22 @@ def table(setting: Setting, found: Sequence[Way], memory: float | None) -> str:
 def _about(setting: Setting, held_unit: str, sent_unit: str) -> list[str]:
     degrees = " ".join(f"{axis}={size}" for axis, size in setting.degrees.items() if size > 1)
     nodes = -(-setting.world_size // setting.ranks_per_node)
+    whose = f"{setting.num_parameters:,} parameters"
+    if setting.degrees["tp"] > 1:
+        whose += " on a tensor-parallel rank"
+    if setting.degrees["pp"] > 1:
+        whose += f" of pipeline rank {setting.pipeline_rank}, which holds most"
     size, unit = setting.activations, _unit(setting.activations)
-    lines = [
-        f"{degrees or 'one rank'} on {nodes} node{'s' if nodes > 1 else ''} of "
-        f"{setting.ranks_per_node}, {setting.microbatches} "
-        f"microbatch{'es' if setting.microbatches > 1 else ''}, {setting.num_parameters:,} parameters"
-        + (" on a tensor-parallel rank" if setting.degrees["tp"] > 1 else "")
-        + (
-            f" of pipeline rank {setting.pipeline_rank}, which holds most"
-            if setting.degrees["pp"] > 1
-            else ""
-        ),
-        f"One rank holds, in {held_unit}, and sends in a step, in {sent_unit}. Activations, about "
-        f"{_in(size, unit)} {unit}, come on top.",
+    return [
+        f"{degrees or 'one rank'} on {_count(nodes, 'node', 's')} of {setting.ranks_per_node}, "
+        f"{_count(setting.microbatches, 'microbatch', 'es')}",
+        f"{whose}, activations of about {_in(size, unit)} {unit}",
+        f"A rank holds, in {held_unit}, and sends in a step, in {sent_unit}:",
     ]
-    return lines
+
+
+def _count(number: int, what: str, ending: str) -> str:
+    return f"{number} {what}{ending if number > 1 else ''}"
 
 
 def _titles(memory: float | None) -> tuple[str, ...]:
@@ -75,9 +76,11 @@ def _legend(memory: float | None) -> list[str]:
         "* configured. states: masters and optimizer, in brackets where they lie in the host's",
         "memory. working: units gathered and gradients on their way, at most about. inside and",
         "between: parameters and gradients sent to ranks of the same node, and to others.",
+        "Activations come on top.",
     ]
     if memory is not None:
-        lines.append(f"fits: with activations, into {_in(memory, _unit(memory))} {_unit(memory)}.")
+        size = f"{_in(memory, _unit(memory))} {_unit(memory)}"
+        lines.append(f"fits: into {size}, activations counted.")
     return lines
 
 

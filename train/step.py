@@ -167,6 +167,17 @@ class Engine:
         model = {f"model.{name}": p.detach() for name, p in self.model.parameters.items()}
         return model | self.optimizer.state_tensors()
 
+    def rank_tensors(self) -> dict[str, Tensor]:
+        """What belongs to this rank and this layout alone, by name: roundings that gradients
+        are still owed (zero.error_feedback). Views, not copies."""
+        rank, tensors = self.mesh.world.get_rank(), {}
+        for stage, sharding in self.model.shardings.items():
+            for number, unit in enumerate(sharding.units):
+                for hop, residual in unit.reduced.residuals().items():
+                    shape = "x".join(map(str, residual.shape))
+                    tensors[f"residual.{rank}.{stage}.{number}.{hop}.{shape}"] = residual
+        return tensors
+
     def _inputs(self, batch: Batch) -> Inputs:
         extra = {"positions_BS": batch.positions_BS.to(self.device)}
         if batch.document_BS is not None:

@@ -278,7 +278,11 @@ class Trainer:
         if done == self.saved_step:
             return
         self.report.sync()
-        tensors = self.engine.state_tensors() | random_states(self.ranks.rank, self.ranks.device)
+        tensors = (
+            self.engine.state_tensors()
+            | self.engine.rank_tensors()
+            | random_states(self.ranks.rank, self.ranks.device)
+        )
         self.checkpoints.save(done, tensors, describe(self.config, self.mesh, done))
         self.saved_step = done
 
@@ -295,7 +299,8 @@ class Trainer:
         random = {
             n: t for n, t in random_states(self.ranks.rank, self.ranks.device).items() if n in names
         }
-        meta = self.checkpoints.load(newest, tensors | random)
+        owed = {n: t for n, t in self.engine.rank_tensors().items() if n in names}
+        meta = self.checkpoints.load(newest, tensors | random | owed)
         if meta.get("kind") != KIND:
             self.events.record("weights_loaded", step=newest)
             return 0
@@ -305,6 +310,8 @@ class Trainer:
         self.events.record("resumed", step=step, saved_layout=meta["layout"], changed=changes)
         if self.ranks.rank == 0:
             told = f"; changed since: {', '.join(changes)}" if changes else ""
+            if self.config.zero.error_feedback and not owed:
+                told += "; zero.error_feedback begins at zero: none was saved in this layout"
             print(f"phalanx: going on from the checkpoint of step {step}{told}", flush=True)
         return step
 

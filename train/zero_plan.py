@@ -10,7 +10,7 @@ from math import prod
 from phalanx.parallel.comm_meter import Traffic
 from phalanx.parallel.zero.config import PartitionConfig, Quantization, ZeroConfig
 from phalanx.parallel.zero.cost import Formats, Held, Shape, UnitShapes, held, sent
-from phalanx.parallel.zero.partition import NAMES, POINTS, Partition
+from phalanx.parallel.zero.partition import NAMES, POINTS, Partition, data_ranks_per_node
 from phalanx.parallel.zero.places import place_of
 from phalanx.train.config import Config
 from phalanx.train.model.shapes import unit_shapes
@@ -162,11 +162,12 @@ def _way(setting: Setting, name: str, zero: ZeroConfig) -> Way:
     )
     span = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["tp"]
     first = setting.pipeline_rank * span
-    # Every node looks like the first one.
-    places = [
-        place_of(rank, degrees, setting.ranks_per_node, zero)
-        for rank in range(first, first + min(span, setting.ranks_per_node))
-    ]
+    per_node = setting.ranks_per_node
+    if data_ranks_per_node(degrees["dp_shard"], degrees["tp"], per_node) is None:
+        looked_at = span
+    else:  # every node looks like the first one
+        looked_at = min(span, per_node)
+    places = [place_of(rank, degrees, per_node, zero) for rank in range(first, first + looked_at)]
     by_rank = [
         sent(setting.units, zero, formats, place, microbatches=setting.microbatches)
         for place in places

@@ -7,7 +7,7 @@ taken in the ranks' order, so that they do not depend on timing.
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -112,7 +112,7 @@ class Lane:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._open: list[Transfer[object]] = []
+        self._open: list[Transfer[Any]] = []
 
     @property
     def beside(self) -> AbstractContextManager[object]:
@@ -132,7 +132,7 @@ class Lane:
                 while not begun.done:
                     begun.advance()
                 begun.event = self._stream.record_event()
-        self._open = [transfer for transfer in (*self._open, begun) if not transfer.done]  # type: ignore[list-item]
+        self._open = [transfer for transfer in (*self._open, begun) if not transfer.done]
         return begun
 
     def finish(self, transfer: Transfer[T]) -> T:

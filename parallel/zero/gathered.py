@@ -52,7 +52,7 @@ class Gathered:
         self._memory: Tensor | None = None
         self._wholes: list[Tensor] = []
         self._node_copy: Tensor | None = None
-        self._transfer: Transfer[Tensor] | None = None
+        self._transfer: Transfer[None] | None = None
 
     def start(self) -> None:
         """Begin to gather, where that has not been done."""
@@ -69,11 +69,8 @@ class Gathered:
         if self.ready:
             return
         assert self._transfer is not None
-        assert self._memory is not None
-        rows = self._lane.finish(self._transfer)
+        self._lane.finish(self._transfer)
         self._transfer = None
-        self._memory.untyped_storage().resize_(self._memory.nbytes)
-        self._wire.layout.unpack(self._wire.unpack(rows), self._wholes)
         self.ready = True
 
     def free(self) -> None:
@@ -120,15 +117,20 @@ class Gathered:
         return self._groups.num_slices == 1 and same_format and on_device
 
     @torch.no_grad()
-    def _gather(self) -> Steps[Tensor]:
-        """All slices of the unit as rows of bytes, (L R, W)."""
+    def _gather(self) -> Steps[None]:
+        """Fill the whole parameters, beside the computing up to the last copy."""
         rows = self._node_copy
         if rows is None:
             rows = yield from self._groups.across.gather("params", self._own_slice()[0])
             if self._keeps_node_copy:
                 self._node_copy = rows
         everything = yield from self._groups.local.gather("params", rows.view(-1))
-        return everything.view(-1, self._wire.nbytes)
+        assert self._memory is not None
+        # Freed memory comes back to the lane's stream, which waits for the computing whenever a
+        # transfer begins: it is not filled while it is still read.
+        self._memory.untyped_storage().resize_(self._memory.nbytes)
+        slots = self._wire.unpack(everything.view(-1, self._wire.nbytes))
+        self._wire.layout.unpack(slots, self._wholes)
 
     def _own_slice(self) -> Tensor:
         """This rank's slice as it travels, (1, W)."""

@@ -66,16 +66,10 @@ class UnitParameter:
     def set_gradient(self, part: Tensor) -> None:
         """Give the master its rows of the gradient."""
         master = self.sharded
-        part = part.to(dtype=master.dtype, device=self.local.device)
         assert isinstance(master, DTensor)
-        master.grad = DTensor.from_local(
-            part,
-            master.device_mesh,
-            master.placements,
-            run_check=False,
-            shape=master.shape,
-            stride=master.stride(),
-        )
+        part = part.to(dtype=master.dtype, device=self.local.device)
+        # Not DTensor.from_local, which would take an offloaded part back to the mesh's device.
+        master.grad = DTensor(part, master._spec, requires_grad=False)
 
 
 def shard_parameter(parameter: nn.Parameter, spec: DeviceMesh, slice_index: int) -> UnitParameter:

@@ -17,7 +17,7 @@ from phalanx.parallel.zero.quantize import LARGEST, LEAST_SCALE, SCALE_BITS, Blo
 
 SLICE = 1 << 18
 """Elements that pass through the operators at a time."""
-GROUP = 2 * SLICE
+GROUP = 4 * SLICE
 """Elements whose scales are made at once: a call on a few scales costs more than its arithmetic."""
 
 

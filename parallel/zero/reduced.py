@@ -37,8 +37,7 @@ class Reduced:
         self._params, self._wire, self._groups = params, wire, groups
         self._extent, self._dtypes, self._lane, self._device = extent, dtypes, lane, device
         self._error_feedback = error_feedback and wire.is_quantized
-        self.residuals: dict[str, Tensor] = {}
-        """What rounding took from gradients so far, by hop (zero.error_feedback)."""
+        self._residuals: dict[str, Tensor] = {}
         self._summed: Tensor | None = None
         """Over microbatches, as far as the extent lets each be reduced."""
         self._transfers: list[Transfer[None]] = []
@@ -47,6 +46,24 @@ class Reduced:
     def holds_any(self) -> bool:
         """Whether gradients were taken up that the masters do not have yet."""
         return self._summed is not None or bool(self._transfers)
+
+    def residuals(self) -> dict[str, Tensor]:
+        """What rounding took from gradients so far, by hop, (rows, matrices) in the reduction's
+        format; empty without zero.error_feedback."""
+        groups = self._groups
+        if self._error_feedback and not self._residuals:
+            for name, hop, rows in (
+                ("local", groups.local, groups.num_slices),
+                ("across", groups.across, groups.across.size),
+            ):
+                if hop.size > 1:
+                    self._residuals[name] = torch.zeros(
+                        rows,
+                        self._wire.quantized_numel,
+                        dtype=self._dtypes.reduce,
+                        device=self._device,
+                    )
+        return self._residuals
 
     @torch.no_grad()
     def take(self, *, last: bool) -> None:
@@ -103,23 +120,27 @@ class Reduced:
         groups = self._groups
         values = yield from self._sum_hop(groups.local, slots, "local")
         if self._extent is Extent.node:
-            values = self._add_up(values)
+            values = self._add_up(values, last=last)
             if not last:
                 return
         values = yield from self._sum_hop(groups.across, values, "across")
         if self._extent is Extent.all:
-            values = self._add_up(values)
+            values = self._add_up(values, last=last)
             if not last:
                 return
-        self._summed = None
         own = yield from groups.copies.all_reduce("replicas", values)
         parts = self._wire.layout.parts_of(own, groups.slice_index)
         for param, part in zip(self._params, parts, strict=True):
             param.set_gradient(part)
 
-    def _add_up(self, values: Tensor) -> Tensor:
-        """Add to the sum over microbatches so far."""
-        self._summed = values if self._summed is None else self._summed.add_(values)
+    def _add_up(self, values: Tensor, *, last: bool) -> Tensor:
+        """Add to the sum over microbatches so far, in the masters' format; the `last` one goes on
+        in the reduction's."""
+        before = self._summed
+        if last:
+            self._summed = None
+            return values if before is None else before.add_(values).to(values.dtype)
+        self._summed = values.to(self._dtypes.params) if before is None else before.add_(values)
         return self._summed
 
     def _sum_hop(self, hop: Hop, values: Tensor, name: str) -> Steps[Tensor]:
@@ -129,7 +150,7 @@ class Reduced:
             summed = yield from hop.reduce_scatter("grads", values.view(hop.size, -1))
             return summed
         rows = values.view(-1, wire.layout.numel)
-        packed = wire.pack(rows, self._residual(name, rows))
+        packed = wire.pack(rows, self.residuals().get(name))
         received = yield from hop.exchange("grads", packed.view(hop.size, -1))
         received = received.view(hop.size, -1, wire.nbytes)
         out = rows.new_empty(received.shape[1], wire.layout.numel)
@@ -137,9 +158,3 @@ class Reduced:
             wire.unpack_sum(received[:, index], row)
         return out.view(-1)
 
-    def _residual(self, name: str, rows: Tensor) -> Tensor | None:
-        if not self._error_feedback:
-            return None
-        if name not in self.residuals:
-            self.residuals[name] = rows.new_zeros(rows.shape[0], self._wire.quantized_numel)
-        return self.residuals[name]

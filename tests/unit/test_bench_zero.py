@@ -66,12 +66,10 @@ def test_what_cannot_be_laid_out(config: Config, words: tuple[str, ...]) -> None
 
 def test_bytes_are_shares_of_the_plain_way() -> None:
     def rank(between: int) -> dict[str, dict[str, Traffic]]:
-        plain = {
-            "params": Traffic(inside=60, between=80),
-            "grads": Traffic(inside=30, between=40),
-        }
+        plain = {"params": Traffic(inside=60, between=75), "grads": Traffic(inside=30, between=45)}
+        once = {"params": Traffic(inside=60, between=50), "grads": Traffic(inside=30, between=45)}
         way = {"params": Traffic(inside=30, between=between), "grads": Traffic(inside=15)}
-        return {"plain": plain, "together": way}
+        return {"plain": plain, "hpz": once, "together": way}
 
     figures = by_name(zero.byte_figures([rank(20), rank(40)]))
     assert figures["zero.plain.between"].value == 240 / zero.COUNTED
@@ -79,13 +77,15 @@ def test_bytes_are_shares_of_the_plain_way() -> None:
     assert (between.value, between.peer, between.ratio) == (60 / zero.COUNTED, "plain", 4.0)
     assert figures["zero.together.between_share"].value == 0.25
     assert figures["zero.together.inside_share"].value == 0.5
+    assert figures["zero.together.between_of_zero3"].value == 60 / (4 * 50 + 2 * 45)
+    assert figures["zero.plain.between_of_zero3"].value == 240 / (4 * 50 + 2 * 45)
 
 
 def test_nodes_of_one_rank_send_nothing_inside() -> None:
     sent = {"params": Traffic(between=4)}
-    figures = by_name(zero.byte_figures([{"plain": sent, "qwz": sent}]))
-    assert figures["zero.qwz.inside"].value == 0
-    assert "zero.qwz.inside_share" not in figures
+    figures = by_name(zero.byte_figures([{"plain": sent, "hpz": sent}]))
+    assert figures["zero.hpz.inside"].value == 0
+    assert "zero.hpz.inside_share" not in figures
 
 
 def test_times_beside_each_peer() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from phalanx.launch.cli import main
 from phalanx.launch.compose import compose
+from phalanx.launch.verbs import VERBS
 from phalanx.parallel.zero.partition import NAMES
 from phalanx.train.optim.config import OptimizerName
 from phalanx.train.zero_plan import moment_bytes, setting_of, ways
@@ -85,6 +86,13 @@ def test_memory_says_what_fits(capsys: Captured, tmp_path: Path) -> None:
     assert zero3["held"]["masters"] == pytest.approx(parameters, rel=0.01)  # 4 bytes, 4 ranks
     assert set(zero3["sent"]) == {"params", "grads"}
     assert zero3["sent"]["params"]["between"] > 0
+
+
+def test_examples_run(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for example in VERBS["plan"].examples:
+        assert main(example.split()[1:]) == 0, example
+        assert len(rows(capsys.readouterr().out)) >= 10
 
 
 def test_a_large_cluster_is_planned_on_any_machine(capsys: Captured) -> None:

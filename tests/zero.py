@@ -1,0 +1,102 @@
+"""Runs of the small model at points of ZeRO's space, and what one process computes of them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from phalanx.parallel.mesh import build_mesh
+from phalanx.parallel.ranks import Ranks
+from phalanx.parallel.zero.config import PartitionConfig, ZeroConfig
+from phalanx.parallel.zero.partition import Partition
+from phalanx.train.config import Config
+from phalanx.train.step import Engine
+from tests.small import make_batch, make_config, reference_loss, reference_model
+
+LR = 1e-2
+EPS = 1e-3
+"""AdamW's: an update of a gradient that is zero but for rounding stays small."""
+STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A configuration, on nodes of so many ranks."""
+
+    config: Config
+    ranks_per_node: int
+
+    def engine(self, ranks: Ranks) -> Engine:
+        """This rank's part; collective, in a process group."""
+        mesh = build_mesh(
+            self.config.parallel,
+            world_size=ranks.world_size,
+            device_type="cpu",
+            ranks_per_node=self.ranks_per_node,
+        )
+        return Engine(self.config, mesh, ranks.device)
+
+
+def at(point: Partition, **settings: object) -> ZeroConfig:
+    """ZeRO's settings for a point of its space."""
+    given = PartitionConfig(params=point.params, grads=point.grads, states=point.states)
+    return ZeroConfig(partition=given, **settings)  # type: ignore[arg-type]
+
+
+def case(
+    zero: ZeroConfig, *, ranks_per_node: int = 2, num_layers: int = 2, **settings: object
+) -> Case:
+    """The small model, with an optimizer that shows mistakes; settings as make_config's."""
+    config = make_config(num_layers=num_layers, **settings)  # type: ignore[arg-type]
+    optim = replace(config.optim, eps=EPS, weight_decay=0.1)
+    return Case(config=replace(config, zero=zero, optim=optim), ranks_per_node=ranks_per_node)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one process computes in one step."""
+
+    loss: float
+    norm: float
+    grads: dict[str, Tensor]
+    """Before clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Steps of one process, and the loss of one more batch after them."""
+
+    steps: list[Step]
+    evaluation: float
+
+
+def reference(config: Config, dtype: torch.dtype = torch.float64) -> Reference:
+    """STEPS steps, each of its own batch, with torch's AdamW."""
+    model = reference_model(config, dtype)
+    optim = config.optim
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": optim.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=LR,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+    )
+    steps = []
+    for number in range(STEPS):
+        loss = reference_loss(model, make_batch(config, number=number))
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        norm = float(nn.utils.get_total_norm(grads.values()))
+        steps.append(Step(loss=float(loss.detach()), norm=norm, grads=grads))
+        # torch's clipping has 1e-6 more in the denominator.
+        for parameter in model.parameters():
+            parameter.grad.mul_(min(1.0, optim.max_grad_norm / norm))  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        evaluation = float(reference_loss(model, make_batch(config, number=STEPS)))
+    return Reference(steps=steps, evaluation=evaluation)
