@@ -41,6 +41,7 @@ def bench(request: Request) -> list[Figure]:
 
 def measure(ranks: Ranks, config: Config) -> dict[str, Any]:
     """By contender: milliseconds of every round, and bytes a parameter; and who is left out."""
+    torch.set_num_threads(ranks.threads)
     count = MATRICES[ranks.device_type]
     num_parameters = count * SHAPE[0] * SHAPE[1]
     running = {

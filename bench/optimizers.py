@@ -1,6 +1,7 @@
 """Optimizers side by side: ours, torch's, and those of packages that this machine has."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from itertools import chain
 from typing import Any, Protocol
@@ -66,25 +67,25 @@ class Theirs:
 
 def contenders(config: OptimConfig, ranks: Ranks) -> dict[str, Callable[[Parameters], Contender]]:
     """What can be measured on this machine, by name; makes an optimizer of parameters."""
-    options = {
+    options: dict[str, Any] = {
         "lr": LR,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
     found: dict[str, Callable[[Parameters], Contender]] = {
-        PEER: lambda p: Theirs(torch.optim.AdamW, p, fused=True, **options)
+        PEER: partial(Theirs, torch.optim.AdamW, fused=True, **options)
     }
     for name in OptimizerName:
-        found[name.name] = lambda p, name=name: Ours(name, p, config)  # type: ignore[misc]
+        found[name.name] = partial(Ours, name, config=config)
     torchao, deepspeed = map(_package, PACKAGES.values())
     if torchao is not None:
         for bits in (8, 4):
             make = getattr(torchao, f"AdamW{bits}bit")
-            found[f"torchao_{bits}bit"] = lambda p, make=make: Theirs(make, p, **options)  # type: ignore[misc]
+            found[f"torchao_{bits}bit"] = partial(Theirs, make, **options)
     if deepspeed is not None and ranks.device_type == "cpu":
         make = deepspeed.DeepSpeedCPUAdam
-        found["deepspeed_cpu_adam"] = lambda p: Theirs(make, p, adamw_mode=True, **options)
+        found["deepspeed_cpu_adam"] = partial(Theirs, make, adamw_mode=True, **options)
     return found
 
 

@@ -110,7 +110,7 @@ BENCHES = {
     "optim": "phalanx.bench.optim",
 }
 """Benches by name: a module with `bench(request) -> list of figures`."""
-WITHOUT_DATA = ("pipeline", "wgrad", "optim")
+WITHOUT_DATA = ("pipeline", "wgrad", "quantize", "optim")
 """Benches that need no prepared data and no layout that divides."""
 
 VERBS: dict[str, Verb] = {

@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from phalanx.checkpoint.chunks import chunk_of
 from phalanx.parallel.mesh import build_mesh
-from phalanx.parallel.ranks import Ranks
+from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.config import PartitionConfig, ZeroConfig
 from phalanx.parallel.zero.partition import Partition
 from phalanx.train.config import Config
 from phalanx.train.step import Engine
-from tests.small import make_batch, make_config, reference_loss, reference_model
+from tests.small import make_batch, make_config, rank_batch, reference_loss, reference_model
 
 LR = 1e-2
 EPS = 1e-3
@@ -100,3 +101,54 @@ def reference(config: Config, dtype: torch.dtype = torch.float64) -> Reference:
     with torch.no_grad():
         evaluation = float(reference_loss(model, make_batch(config, number=STEPS)))
     return Reference(steps=steps, evaluation=evaluation)
+
+
+def references(cases: list[Case]) -> list[Reference]:
+    """What one process computes of each; the same for all that differ in layout only."""
+    known: dict[str, Reference] = {}
+    for one in cases:
+        model = str(one.config.model)
+        if model not in known:
+            known[model] = reference(one.config)
+    return [known[str(one.config.model)] for one in cases]
+
+
+def errors(ranks: Ranks, cases: list[Case], references: list[Reference]) -> list[dict[str, float]]:
+    """By case: relative errors of all that a few steps compute, the largest of this rank.
+
+    A gradient's is against the norm of all. Each rank compares its own part; that the parts make
+    the whole is what the norm tells.
+    """
+    found = []
+    with process_group(ranks):
+        for one, expected in zip(cases, references, strict=True):
+            engine = one.engine(ranks)
+            worst = dict.fromkeys(("loss", "norm", "gradient"), 0.0)
+            for number, step in enumerate(expected.steps):
+                gradients = engine.gradients(rank_batch(engine, number=number))
+                worst["loss"] = max(worst["loss"], abs(gradients.loss / step.loss - 1))
+                worst["norm"] = max(worst["norm"], abs(gradients.norm / step.norm - 1))
+                off = gradient_error(engine, step.grads) / step.norm
+                worst["gradient"] = max(worst["gradient"], off)
+                engine.update(gradients, LR)
+            evaluation = engine.evaluate([rank_batch(engine, number=STEPS)])
+            worst["evaluation"] = abs(evaluation / expected.evaluation - 1)
+            found.append(worst)
+    return found
+
+
+def gradient_error(engine: Engine, expected: dict[str, Tensor]) -> float:
+    """The largest norm of the difference of a parameter's gradient, of this rank's part."""
+    worst = 0.0
+    for name, parameter in engine.model.parameters.items():
+        assert parameter.grad is not None, name
+        part = chunk_of(name, parameter.grad)
+        if part is None:
+            continue
+        box = tuple(
+            slice(begin, begin + size)
+            for begin, size in zip(part.offsets, part.local.shape, strict=True)
+        )
+        assert part.size == expected[name].shape
+        worst = max(worst, float((part.local - expected[name][box]).norm()))
+    return worst

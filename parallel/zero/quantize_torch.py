@@ -40,8 +40,8 @@ def quantize(
         for part in _slices(x, scale.reciprocal(), code):
             codec.encode(*part)
         if left is not None:
-            for *part, rest in _slices(x, scale, code, left):
-                rest.copy_(codec.rounded_away(*part))
+            for *what, rest in _slices(x, scale, code, left):
+                rest.copy_(codec.rounded_away(*what))
 
 
 def dequantize(codes: Tensor, scales: Tensor, out: Tensor, fmt: BlockFormat) -> None:

@@ -57,8 +57,9 @@ def exchange(ranks: Ranks, nodes: list[Node]) -> tuple[float, int]:
     """Seconds that SENT bytes take from each node to the other, and what the kernel counted."""
     namespaces.enter(nodes[ranks.rank])
     ranks = replace(ranks, init_method=f"tcp://{nodes[0].address}:{namespaces.PORT}")
-    mine, theirs = torch.zeros(SENT, dtype=torch.uint8), torch.zeros(2 * SENT, dtype=torch.uint8)
     with process_group(ranks):
+        mine = torch.zeros(SENT, dtype=torch.uint8)
+        theirs = torch.zeros(2 * SENT, dtype=torch.uint8)
         dist.all_gather_into_tensor(theirs, mine)
         namespaces.run_here(namespaces.limit(MBIT))
         dist.barrier()

@@ -26,7 +26,7 @@ from phalanx.train.config import (
 )
 from phalanx.train.data.config import CorpusConfig, DataConfig, tokenizer_path
 from phalanx.train.model.config import ModelConfig, RopeScalingConfig
-from phalanx.train.optim.config import LrConfig, OptimConfig
+from phalanx.train.optim.config import LrConfig, OptimConfig, OptimizerName
 from tests.refusals import (
     INF,
     MODULES,
@@ -137,6 +137,7 @@ CASES = [
             optim=optim,
         )
         for words, optim in (
+            (("optim.name=adamw8bit", "forgets"), OptimConfig(name=OptimizerName.adamw8bit)),
             (("optim.beta1=0", "above 0"), OptimConfig(beta1=0.0)),
             (("optim.beta2=0", "above 0"), OptimConfig(beta2=0.0)),
             (

@@ -21,7 +21,7 @@ from phalanx.train.optim.blocks import FORMATS, StateFormat, block_size, check_c
 from phalanx.train.optim.config import OptimConfig
 from phalanx.train.optim.sharded import column_parts, laid_out_like, local_of
 
-SLICE = {"cpu": 2**16, "cuda": 2**20}
+SLICE = {"cpu": 2**17, "cuda": 2**20}
 """Elements of a slice by kind of device: what a core's cache holds, or what fills a GPU."""
 
 
@@ -31,7 +31,7 @@ class _State:
 
     block: int | None
     """Elements of a block; None = moments in full precision."""
-    moments: tuple[Moment, Moment] | tuple[Tensor, Tensor]
+    moments: tuple[Moment | Tensor, Moment | Tensor]
     weight_decay: float
     step: Tensor
     """Steps done: a number in host memory."""
@@ -167,7 +167,7 @@ def _new_state(parameter: nn.Parameter, state: StateFormat, config: OptimConfig)
     """Zeros for this rank's part of a parameter."""
     shard = local_of(parameter)
     size = block_size(parameter.shape, state)
-    moments: tuple[Moment, Moment] | tuple[Tensor, Tensor]
+    moments: tuple[Moment | Tensor, Moment | Tensor]
     if size is None:
         moments = torch.zeros_like(shard), torch.zeros_like(shard)
     else:
