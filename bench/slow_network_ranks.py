@@ -66,7 +66,9 @@ def measure(ranks: Ranks, config: Config, nodes: list[Node]) -> Found:
         _note(ranks, f"{found.mbit:.1f} Mbit/s: {_shown(found)}")
         if config.bench.slow_network.loss_steps:
             end = last_step(config)
-            found.losses = {name: _last_loss(side, end) for name, side in sides.items()}
+            for name, side in sides.items():
+                found.losses[name] = _last_loss(side, end)
+                _note(ranks, f"{name}: loss {found.losses[name]:.4f} after {end} steps")
         for side in sides.values():
             side.close()
     return found

@@ -187,8 +187,8 @@ VERBS: dict[str, Verb] = {
         usage="phalanx plan [--memory SIZE] [--json FILE] [OVERRIDES]",
         summary="bytes that a rank holds and sends, for each way to divide parameters and states",
         examples=(
-            "phalanx plan experiment=llama3_8b launch=torchrun launch.nodes=2 launch.ranks_per_node=8",
-            "phalanx plan parallel.pp=1 parallel.dp_shard=4 zero=zeropp --memory 1GiB --json plan.json",
+            "phalanx plan experiment=llama3_8b launch=torchrun launch.nodes=2 parallel.dp_shard=16",
+            "phalanx plan parallel.pp=1 parallel.dp_shard=4 zero=zeropp --memory 1GiB",
         ),
         options=PLAN_OPTIONS,
     ),

@@ -1,9 +1,11 @@
 """Runs of the small model at points of ZeRO's space, and what one process computes of them."""
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from phalanx.checkpoint.chunks import chunk_of
 from phalanx.parallel.mesh import build_mesh
@@ -45,11 +47,16 @@ def at(point: Partition, **settings: object) -> ZeroConfig:
 
 
 def case(
-    zero: ZeroConfig, *, ranks_per_node: int = 2, num_layers: int = 2, **settings: object
+    zero: ZeroConfig,
+    *,
+    ranks_per_node: int = 2,
+    num_layers: int = 2,
+    max_grad_norm: float = 1.0,
+    **settings: object,
 ) -> Case:
     """The small model, with an optimizer that shows mistakes; settings as make_config's."""
     config = make_config(num_layers=num_layers, **settings)  # type: ignore[arg-type]
-    optim = replace(config.optim, eps=EPS, weight_decay=0.1)
+    optim = replace(config.optim, eps=EPS, weight_decay=0.1, max_grad_norm=max_grad_norm)
     return Case(config=replace(config, zero=zero, optim=optim), ranks_per_node=ranks_per_node)
 
 
@@ -93,9 +100,9 @@ def reference(config: Config, dtype: torch.dtype = torch.float64) -> Reference:
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         norm = float(nn.utils.get_total_norm(grads.values()))
         steps.append(Step(loss=float(loss.detach()), norm=norm, grads=grads))
-        # torch's clipping has 1e-6 more in the denominator.
-        for parameter in model.parameters():
-            parameter.grad.mul_(min(1.0, optim.max_grad_norm / norm))  # type: ignore[union-attr]
+        if 0 < optim.max_grad_norm < norm:  # torch's clipping has 1e-6 more in the denominator
+            for parameter in model.parameters():
+                parameter.grad.mul_(optim.max_grad_norm / norm)  # type: ignore[union-attr]
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
@@ -106,34 +113,45 @@ def reference(config: Config, dtype: torch.dtype = torch.float64) -> Reference:
 def references(cases: list[Case]) -> list[Reference]:
     """What one process computes of each; the same for all that differ in layout only."""
     known: dict[str, Reference] = {}
-    for one in cases:
-        model = str(one.config.model)
-        if model not in known:
-            known[model] = reference(one.config)
-    return [known[str(one.config.model)] for one in cases]
+    keys = [f"{one.config.model} {one.config.optim}" for one in cases]
+    for key, one in zip(keys, cases, strict=True):
+        if key not in known:
+            known[key] = reference(one.config)
+    return [known[key] for key in keys]
 
 
-def errors(ranks: Ranks, cases: list[Case], references: list[Reference]) -> list[dict[str, float]]:
-    """By case: relative errors of all that a few steps compute, the largest of this rank.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What one rank found of one case."""
 
-    A gradient's is against the norm of all. Each rank compares its own part; that the parts make
-    the whole is what the norm tells.
+    worst: dict[str, float]
+    """Largest relative errors: loss, norm, gradient (against the norm of all), evaluation."""
+    digests: list[tuple[float, str]]
+    """Loss, and hash of all gradients' bits, by step; empty under model parallelism."""
+
+
+def compared(ranks: Ranks, cases: list[Case], references: list[Reference]) -> list[Found]:
+    """Each case's steps beside one process's.
+
+    Each rank compares its own part; that the parts make the whole is what the norm tells.
     """
     found = []
     with process_group(ranks):
         for one, expected in zip(cases, references, strict=True):
             engine = one.engine(ranks)
-            worst = dict.fromkeys(("loss", "norm", "gradient"), 0.0)
+            worst, digests = dict.fromkeys(("loss", "norm", "gradient"), 0.0), []
             for number, step in enumerate(expected.steps):
                 gradients = engine.gradients(rank_batch(engine, number=number))
                 worst["loss"] = max(worst["loss"], abs(gradients.loss / step.loss - 1))
                 worst["norm"] = max(worst["norm"], abs(gradients.norm / step.norm - 1))
                 off = gradient_error(engine, step.grads) / step.norm
                 worst["gradient"] = max(worst["gradient"], off)
+                if one.config.parallel.tp == one.config.parallel.pp == 1:
+                    digests.append((gradients.loss, digest(engine)))
                 engine.update(gradients, LR)
             evaluation = engine.evaluate([rank_batch(engine, number=STEPS)])
             worst["evaluation"] = abs(evaluation / expected.evaluation - 1)
-            found.append(worst)
+            found.append(Found(worst=worst, digests=digests))
     return found
 
 
@@ -152,3 +170,12 @@ def gradient_error(engine: Engine, expected: dict[str, Tensor]) -> float:
         assert part.size == expected[name].shape
         worst = max(worst, float((part.local - expected[name][box]).norm()))
     return worst
+
+
+def digest(engine: Engine) -> str:
+    """Of all gradients, whole; collective."""
+    found = hashlib.sha256()
+    for _, parameter in sorted(engine.model.parameters.items()):
+        assert isinstance(parameter.grad, DTensor)
+        found.update(parameter.grad.full_tensor().numpy().tobytes())
+    return found.hexdigest()

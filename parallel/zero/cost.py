@@ -2,9 +2,9 @@
 
 With P parameters, S = R L data-parallel ranks, L of them in each of R nodes, and s = 1, L or S for
 the extents none, node and all, in bytes a number: masters and moments take o P / s_states,
-gradients g P / s_grads, parameters in the compute format c P / s_params (AMSP, Chen et al., 2023:
-2, 2 and 12 bytes). What is counted here has in it what the engine adds: slices of whole rows,
-padding, scales. Activations are not in it.
+gradients g P / s_grads, parameters in the compute format c P / s_params (AMSP, Chen et al., 2023,
+with o = 12, g = 2 and c = 2; here sums of gradients have the masters' format). What is counted here
+has in it what the engine adds: slices of whole rows, padding, scales. Activations are not in it.
 
 What is sent is counted as the engine counts it, collective by collective, in a `CommMeter`.
 Torch-free.
@@ -106,10 +106,11 @@ class SliceSizes:
         return _up(codes, ALIGNMENT) + _up(scales, ALIGNMENT) + rest
 
 
-def sizes_of(unit: UnitShapes, config: ZeroConfig, num_slices: int) -> SliceSizes:
-    """How a unit is cut."""
-    quantized = {config.quantize_weights, config.quantize_gradients} != {Quantization.none}
-    block = config.block_size if quantized else 1
+def sizes_of(
+    unit: UnitShapes, config: ZeroConfig, num_slices: int, kind: Quantization
+) -> SliceSizes:
+    """How a unit is cut for what travels as `kind`."""
+    block = 1 if kind is Quantization.none else config.block_size
     return SliceSizes(unit.shapes, num_slices=num_slices, block=block)
 
 
@@ -125,12 +126,12 @@ def sent(
     meter = CommMeter(rank=place.rank, ranks_per_node=place.ranks_per_node)
     point, nodes = config.extents, len(place.across)
     for unit in units:
-        sizes = sizes_of(unit, config, place.num_slices)
-        weights = unit.count * sizes.wire_bytes(config.quantize_weights, formats.compute)
+        weights = unit.count * _weight_wire(unit, config, formats, place)
         uses = 1 if point.params is Extent.none else microbatches * unit.gathers
         refreshes = uses if point.params is Extent.all else 1
         meter.exchanged("params", place.across, weights * refreshes)
         meter.exchanged("params", place.local, weights * uses * nodes)
+        sizes = sizes_of(unit, config, place.num_slices, config.quantize_gradients)
         grads = unit.count * sizes.wire_bytes(config.quantize_gradients, formats.reduce)
         inside = 1 if point.grads is Extent.none else microbatches
         outside = microbatches if point.grads is Extent.all else 1
@@ -153,11 +154,11 @@ def held(
     """What the rank at `place` holds, if it is one that holds most."""
     masters = states = params = grads = feedback = 0
     for unit in units:
-        sizes = sizes_of(unit, config, place.num_slices)
+        sizes = sizes_of(unit, config, place.num_slices, config.quantize_gradients)
         share = sum(rows * prod(shape[1:]) for shape, rows in sizes.rows)
         masters += unit.count * share * formats.params
         states += unit.count * sum(moments(shape, rows) for shape, rows in sizes.rows)
-        params += unit.count * _kept_params(unit, sizes, config, formats, place)
+        params += unit.count * _kept_params(unit, config, formats, place)
         grads += unit.count * _kept_grads(unit, sizes, config, formats, place, microbatches)
         feedback += unit.count * _residual(sizes, config, formats, place)
     return Held(
@@ -171,16 +172,20 @@ def held(
     )
 
 
-def _kept_params(
-    unit: UnitShapes, sizes: SliceSizes, config: ZeroConfig, formats: Formats, place: Place
-) -> int:
+def _weight_wire(unit: UnitShapes, config: ZeroConfig, formats: Formats, place: Place) -> int:
+    """Bytes of a rank's slice of a unit's parameters, as it travels."""
+    sizes = sizes_of(unit, config, place.num_slices, config.quantize_weights)
+    return sizes.wire_bytes(config.quantize_weights, formats.compute)
+
+
+def _kept_params(unit: UnitShapes, config: ZeroConfig, formats: Formats, place: Place) -> int:
     kept = config.extents.params
     if kept is Extent.none:
         # With one slice, modules compute with the masters where the format is the same.
         same = place.num_slices == 1 and formats.params == formats.compute
         return 0 if same and config.offload is Offload.none else unit.numel * formats.compute
     slices = len(place.across) if kept is Extent.node else 1
-    return slices * sizes.wire_bytes(config.quantize_weights, formats.compute)
+    return slices * _weight_wire(unit, config, formats, place)
 
 
 def _kept_grads(
@@ -192,10 +197,11 @@ def _kept_grads(
     microbatches: int,
 ) -> int:
     kept = config.extents.grads
+    # Sums over microbatches are in the masters' format, as the masters' gradients are.
     if microbatches == 1 or kept is Extent.all:
-        return sizes.numel * formats.reduce
+        return sizes.numel * formats.params
     if kept is Extent.node:
-        return len(place.across) * sizes.numel * formats.reduce
+        return len(place.across) * sizes.numel * formats.params
     if formats.reduce == formats.compute:  # autograd adds them up
         return unit.numel * formats.compute
     return place.num_slices * sizes.numel * formats.reduce
@@ -213,21 +219,17 @@ def _working(
     units: Sequence[UnitShapes], config: ZeroConfig, formats: Formats, place: Place
 ) -> int:
     """Two units gathered, one of them still on its way, and one unit's gradients: whole, in slices
-    and as they come from other ranks; the masters' gradients, where their format is another."""
-    slices, whole, on_way, reduced, cast = place.num_slices, 0, 0, 0, 0
+    and as they come from other ranks."""
+    slices, whole, on_way, reduced = place.num_slices, 0, 0, 0
     for unit in units:
-        sizes = sizes_of(unit, config, slices)
         whole = max(whole, unit.numel * formats.compute)
         if slices > 1:
-            on_way = max(
-                on_way, slices * sizes.wire_bytes(config.quantize_weights, formats.compute)
-            )
+            on_way = max(on_way, slices * _weight_wire(unit, config, formats, place))
+        sizes = sizes_of(unit, config, slices, config.quantize_gradients)
         in_slices = slices * sizes.numel * formats.reduce
         reduced = max(reduced, unit.numel * formats.compute + 2 * in_slices)
-        if formats.reduce != formats.params:
-            cast += unit.count * sizes.numel * formats.params
     gathered = 0 if config.extents.params is Extent.none else 2 * whole
-    return gathered + on_way + reduced + cast
+    return gathered + on_way + reduced
 
 
 def _up(number: int, multiple: int) -> int:

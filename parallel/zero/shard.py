@@ -86,11 +86,11 @@ class Sharding:
 
     def before_backward(self, *, last: bool) -> None:
         """Say which backward pass comes; `last`: of the step."""
-        self._last, self._deferring = last, False
+        self._last, self._deferring, self._open = last, False, None
 
     def before_input_gradient(self) -> None:
         """A backward pass comes that defers its weight gradients: nothing is reduced in it."""
-        self._deferring = True
+        self._deferring, self._open = True, None
 
     def after_weight_gradient(self, *, last: bool) -> None:
         """Take up the deferred weight gradients of a microbatch; `last`: of the step."""

@@ -100,6 +100,10 @@ def test_auto_plans_again_alike_on_every_rank_and_computes_what_1f1b_does(
 
     for config in (plain, auto):
         check_curves(config, first_step=3)
+        # An activation one way or a gradient the other, but not what was sent to measure a hop.
+        training = config.training
+        activations = training.global_batch_size * training.seq_len * config.model.dim * 4
+        assert {line["comm_pipeline_inside_bytes"] for line in lines_of(config)} == {activations}
         trace = json.loads((Path(config.run.dir) / "pipeline_timeline.json").read_text())
         assert len([e for e in trace["traceEvents"] if e["ph"] == "X"]) >= 2 * 6 * 2
 

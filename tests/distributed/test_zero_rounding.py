@@ -16,21 +16,17 @@ from phalanx.parallel.zero.partition import Extent, Partition
 from phalanx.train.config import PrecisionConfig
 from phalanx.train.step import Engine
 from tests.small import rank_batch
-from tests.zero import Case, at, case, errors, references
+from tests.zero import Case, at, case, compared, references
 
 WORLD = 4
 INT8, INT4, FP8 = Quantization.int8, Quantization.int4, Quantization.fp8
 NONE, NODE, ALL = Extent
 FP32 = PrecisionConfig()
 ZERO_3 = Partition(ALL, ALL, ALL)
-LAYOUTS: list[dict[str, Any]] = [
-    {"dp_shard": 4},
-    {"dp_shard": 2, "tp": 2, "ranks_per_node": 2, "num_layers": 1, "tied": True},
-    {"dp_shard": 2, "tp": 2, "ranks_per_node": 4, "num_layers": 1},
-    {"dp_shard": 2, "pp": 2, "ranks_per_node": 1, "schedule": "zb_h1", "tied": True},
-    {"dp_shard": 2, "pp": 2, "ranks_per_node": 2},
-    {"dp_shard": 2, "dp_replicate": 2, "ranks_per_node": 1},
-]
+DP: dict[str, Any] = {"dp_shard": 4}
+REPLICAS: dict[str, Any] = {"dp_shard": 2, "dp_replicate": 2, "ranks_per_node": 1}
+TP: dict[str, Any] = {"dp_shard": 2, "tp": 2, "num_layers": 1}
+PP: dict[str, Any] = {"dp_shard": 2, "pp": 2}
 
 
 def rounding(point: Partition = ZERO_3, **settings: Any) -> ZeroConfig:
@@ -40,25 +36,46 @@ def rounding(point: Partition = ZERO_3, **settings: Any) -> ZeroConfig:
 RUNS = [
     *(
         case(rounding(quantize_weights=kind), precision=FP32, **layout)
-        for kind, layout in zip((INT8, INT8, FP8, FP8, INT4, INT4), LAYOUTS, strict=True)
+        for kind, layout in (
+            (INT8, DP),
+            (FP8, {**TP, "ranks_per_node": 2, "tied": True}),
+            (FP8, {**PP, "ranks_per_node": 1}),
+            (INT4, {**PP, "schedule": "zb_h1", "tied": True}),
+            (INT4, REPLICAS),
+        )
     ),
     *(
-        case(rounding(quantize_gradients=kind), precision=FP32, **LAYOUTS[number])
-        for kind, number in ((INT8, 0), (INT4, 1), (INT8, 3), (INT4, 4), (INT4, 5))
+        case(rounding(quantize_gradients=kind), precision=FP32, **layout)
+        for kind, layout in (
+            (INT4, {**TP, "ranks_per_node": 4}),
+            (INT8, {**PP, "ranks_per_node": 1, "schedule": "zb_h1"}),
+            (INT4, REPLICAS),
+        )
     ),
     *(
-        case(rounding(point, quantize_gradients=kind), precision=FP32, dp_shard=4)
+        case(rounding(point, quantize_gradients=kind), precision=FP32, **DP)
         for point, kind in (
             (Partition(NODE, NODE, ALL), INT8),
-            (Partition(NODE, ALL, ALL), INT4),
             (Partition(NONE, NONE, ALL), INT4),
         )
     ),
     case(
         rounding(Partition(NONE, NODE, ALL), quantize_weights=INT8, quantize_gradients=INT8),
         precision=FP32,
-        dp_shard=4,
+        **DP,
     ),
+]
+EVERY_RUN = [
+    case(rounding(**{f"quantize_{what}": kind}), precision=FP32, **layout, tied=tied)
+    for what, kinds in (("weights", (INT8, INT4, FP8)), ("gradients", (INT8, INT4)))
+    for kind in kinds
+    for layout in (
+        {**TP, "ranks_per_node": 2, "num_layers": 2},
+        {**TP, "ranks_per_node": 4, "num_layers": 2},
+        {**PP, "ranks_per_node": 1, "schedule": "zb_h1"},
+        PP,
+    )
+    for tied in (False, True)
 ]
 LIMITS = {
     "quantize_weights": {INT8: (2e-3, 0.03), FP8: (5e-3, 0.1), INT4: (2e-2, 0.4)},
@@ -68,17 +85,24 @@ LIMITS = {
 to 3e-3, and 0.003 to 0.05 by gradients' rounding, 0.01 to 0.2 by weights'."""
 
 
-def test_rounded_runs_stay_close(run_ranks: Callable[..., list[Any]]) -> None:
+@pytest.mark.parametrize(
+    "runs", [RUNS, pytest.param(EVERY_RUN, marks=pytest.mark.slow)], ids=["some", "every"]
+)
+def test_rounded_runs_stay_close(run_ranks: Callable[..., list[Any]], runs: list[Case]) -> None:
     """To one process in fp64; twice as far off as measured is too far, and as close as without
     rounding is suspicious."""
-    by_rank = run_ranks(errors, RUNS, references(RUNS), world_size=WORLD)
-    for number, one in enumerate(RUNS):
-        worst = {key: max(rank[number][key] for rank in by_rank) for key in by_rank[0][number]}
-        told = (one.config.zero, one.config.parallel, worst)
+    by_rank = run_ranks(compared, runs, references(runs), world_size=WORLD)
+    for number, one in enumerate(runs):
+        worst = {
+            key: max(rank[number].worst[key] for rank in by_rank)
+            for key in by_rank[0][number].worst
+        }
+        zero = one.config.zero
+        told = (zero, one.config.parallel, worst)
         limits = [
-            kinds[kind]
-            for key, kinds in LIMITS.items()
-            if (kind := getattr(one.config.zero, key)) in kinds
+            LIMITS[what][kind]
+            for what in LIMITS
+            if (kind := getattr(zero, what)) is not Quantization.none
         ]
         assert limits, "nothing is rounded"
         loss, gradient = (max(column) for column in zip(*limits, strict=True))

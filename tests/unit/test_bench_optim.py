@@ -13,7 +13,11 @@ from phalanx.train.config import Config
 
 
 def launch_here(fn: Any, *args: Any, **_: Any) -> list[Any]:
-    return [fn(Ranks(rank=0, world_size=1, threads=torch.get_num_threads()), *args)]
+    threads = torch.get_num_threads()
+    try:
+        return [fn(Ranks(rank=0, world_size=1, threads=1), *args)]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
