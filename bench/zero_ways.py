@@ -10,6 +10,7 @@ from typing import Any
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.parallel.zero.config import Quantization, ZeroConfig
 from phalanx.train.config import Config, Launcher, Precision, PrecisionConfig
+from phalanx.train.data.check import check_data
 
 PLAIN, TOGETHER, FED_BACK = "plain", "together", "fed_back"
 FP32 = PrecisionConfig()
@@ -43,7 +44,8 @@ def layout(config: Config, *, precision: PrecisionConfig, one_node: bool = False
     """The run with all ranks data-parallel, on bench.nodes nodes played by this machine.
 
     Raises:
-        ValueError: the launcher starts no ranks here, or the batch does not divide.
+        ValueError: the launcher starts no ranks here, the batch does not divide, or there is no
+            data for it.
     """
     if config.launch.launcher is not Launcher.local:
         raise ValueError(
@@ -66,4 +68,5 @@ def layout(config: Config, *, precision: PrecisionConfig, one_node: bool = False
         ),
     )
     laid.num_microbatches(size)
+    check_data(laid.data, vocab_size=laid.model.vocab_size, seq_len=laid.training.seq_len)
     return laid

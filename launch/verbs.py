@@ -110,8 +110,8 @@ BENCHES = {
     "optim": "phalanx.bench.optim",
 }
 """Benches by name: a module with `bench(request) -> list of figures`."""
-WITHOUT_DATA = ("pipeline", "wgrad", "quantize", "optim")
-"""Benches that need no prepared data and no layout that divides."""
+WITHOUT_DATA = ("pipeline", "wgrad", "quantize", "optim", "zero", "slow_network")
+"""Benches that need no layout that divides, and no prepared data or check it themselves."""
 
 VERBS: dict[str, Verb] = {
     "train": Verb(

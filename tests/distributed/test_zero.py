@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from phalanx.parallel.config import ActivationCheckpoint
+from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.config import ZeroConfig
 from phalanx.parallel.zero.partition import POINTS, Extent, Partition
 from phalanx.train.config import Precision, PrecisionConfig
-from tests.zero import STEPS, Case, Found, at, case, compared, references
+from tests.small import rank_batch
+from tests.zero import STEPS, Case, Found, Step, at, case, compared, gradient_error, references
 
 NONE, NODE, ALL = Extent
 FULL = ActivationCheckpoint.full
@@ -25,11 +27,8 @@ POINTS_ALONE = [case(zero, dp_shard=4, max_grad_norm=0.0) for zero in EVERYWHERE
 """Unclipped: a norm is a sum over what each rank holds, and rounds as states are divided."""
 ALONE = [
     *POINTS_ALONE,
-    case(ZeroConfig(secondary_shard=1), dp_shard=4),
-    # One node, and nodes of one rank.
-    case(at(Partition(NODE, NODE, ALL)), dp_shard=4, ranks_per_node=4),
-    case(at(Partition(NODE, NODE, ALL)), dp_shard=4, ranks_per_node=1),
-    *(case(zero, dp_shard=4, tied=True) for zero in (at(POINTS[0]), at(GRADS[1]), SECONDARY)),
+    case(ZeroConfig(secondary_shard=1), dp_shard=4, tied=True),
+    *(case(zero, dp_shard=4, tied=True) for zero in (at(POINTS[0]), at(GRADS[1]))),
 ]
 BESIDE = [
     # Replicas: nodes of one model, of half a model, of all.
@@ -60,8 +59,12 @@ BESIDE = [
             tied=point.grads is NODE,
             ranks_per_node=per_node,
         )
-        for point in GRADS
-        for schedule, per_node in (("1f1b", 1), ("zb_h1", 2))
+        for point, schedule, per_node in (
+            (GRADS[0], "zb_h1", 2),
+            (GRADS[1], "zb_h1", 1),
+            (GRADS[1], "1f1b", 2),
+            (GRADS[2], "zb_h1", 1),
+        )
     ),
     *(
         case(at(point), dp_shard=4, activation_checkpoint=FULL)
@@ -131,6 +134,40 @@ def test_bf16_points_stay_close(run_ranks: Callable[..., list[Any]]) -> None:
 
 def test_points_beside_other_axes_equal_one_process(run_ranks: Callable[..., list[Any]]) -> None:
     check_exact(run_ranks, BESIDE)
+
+
+def evaluated_first(ranks: Ranks, cases: list[Case], expected: Step) -> list[list[float]]:
+    """By case: relative errors of two evaluations and then of a step."""
+    found = []
+    with process_group(ranks):
+        for one in cases:
+            engine = one.engine(ranks)
+            batch = rank_batch(engine)
+            losses = [engine.evaluate([batch]) for _ in range(2)]
+            gradients = engine.gradients(batch)
+            found.append(
+                [
+                    *(abs(loss / expected.loss - 1) for loss in (*losses, gradients.loss)),
+                    gradient_error(engine, expected.grads) / expected.norm,
+                ]
+            )
+    return found
+
+
+def test_evaluation_may_come_first(run_ranks: Callable[..., list[Any]]) -> None:
+    """Whole parameters that no gradient was asked of are those that are trained then."""
+    cases = [case(zero, dp_shard=2) for zero in (at(POINTS[0]), at(POINTS[2]), at(POINTS[-1]))]
+    [expected, *_] = references(cases)[0].steps
+    for found in run_ranks(evaluated_first, cases, expected, world_size=2):
+        assert max(map(max, found)) <= TOLERANCE, found
+
+
+@slow
+@pytest.mark.parametrize("per_node", [1, 4])
+def test_every_point_on_nodes_of_one_rank_and_on_one(
+    run_ranks: Callable[..., list[Any]], per_node: int
+) -> None:
+    check_exact(run_ranks, [case(at(p), dp_shard=4, ranks_per_node=per_node) for p in POINTS])
 
 
 @slow

@@ -5,33 +5,27 @@ that a slice of a matrix is filled up to whole blocks, and nothing else.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from math import inf, nan, prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
-from phalanx.parallel.config import ParallelConfig
-from phalanx.parallel.mesh import build_mesh
-from phalanx.parallel.plan import ModelPlan
-from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.config import PartitionConfig, Quantization, ZeroConfig
-from phalanx.parallel.zero.gathered import Dtypes
 from phalanx.parallel.zero.layout import SliceLayout
 from phalanx.parallel.zero.partition import Extent
 from phalanx.parallel.zero.quantize import BlockFormat
-from phalanx.parallel.zero.shard import Sharder
+from tests.bare import FP32, Job, same, work
 from tests.quantized import LARGEST, adversarial, largest_error
 from tests.quantized import reference as rounded
 
 WORLD = 4
 INT8, INT4, FP8 = Quantization.int8, Quantization.int4, Quantization.fp8
 NONE, NODE, ALL = Extent
-FP32, BF16 = torch.float32, torch.bfloat16
+BF16 = torch.bfloat16
 BLOCK = 8
 SHAPES: list[tuple[int, ...]] = [
     (1, 1),
@@ -48,105 +42,6 @@ SHAPES: list[tuple[int, ...]] = [
     (67, 16),
 ]
 """1 element, primes, a block and one more or less; fewer rows than ranks; 3-D; vectors."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One launch's part: what is gathered and reduced how often, and on which nodes."""
-
-    zero: ZeroConfig
-    ranks_per_node: int
-    weights: list[Tensor]
-    targets: list[list[list[Tensor]]]
-    """Gradients by step, rank and parameter."""
-    compute: torch.dtype = FP32
-    microbatches: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What one rank saw of one step."""
-
-    weights: list[Tensor]
-    """That it computed with."""
-    grads: list[Tensor]
-    """Of the masters, whole."""
-    masters_kept: bool
-    """Whether the masters are what they were, to the bit."""
-    residuals: dict[str, Tensor]
-
-
-class Bare(nn.Module):
-    """Parameters whose gradients are whatever comes in."""
-
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        super().__init__()
-        for number, weight in enumerate(weights):
-            self.register_parameter(f"w{number}", nn.Parameter(weight.clone()))
-        self.seen: list[Tensor] = []
-
-    def forward(self, grads: list[Tensor]) -> Tensor:
-        params = list(self.parameters())
-        self.seen = [p.detach().clone() for p in params]
-        return torch.stack([(p * g).sum() for p, g in zip(params, grads, strict=True)]).sum()
-
-
-def work(ranks: Ranks, jobs: list[Job]) -> list[list[Found]]:
-    """By job and step."""
-    with process_group(ranks):
-        return [steps(ranks, job) for job in jobs]
-
-
-def steps(ranks: Ranks, job: Job) -> list[Found]:
-    mesh = build_mesh(
-        ParallelConfig(dp_shard=ranks.world_size),
-        world_size=ranks.world_size,
-        device_type="cpu",
-        ranks_per_node=job.ranks_per_node,
-    )
-    model = Bare(job.weights)
-    sharder = Sharder(mesh, job.zero, Dtypes(params=FP32, compute=job.compute, reduce=FP32))
-    sharding = sharder.shard(model, ModelPlan(blocks=[]))
-    masters = list(model.parameters())
-    before = [local(master).clone() for master in masters]
-    [unit] = sharding.units
-    found = []
-    for targets in job.targets:
-        mine = [target.to(job.compute) for target in targets[ranks.rank]]
-        for number in range(job.microbatches):
-            sharding.before_backward(last=number + 1 == job.microbatches)
-            model(mine).backward()
-        found.append(
-            Found(
-                weights=model.seen,
-                grads=[whole(master.grad) for master in masters],
-                masters_kept=all(map(same, before, map(local, masters))),
-                residuals={n: t.clone() for n, t in unit.reduced.residuals().items()},
-            )
-        )
-        for master in masters:
-            master.grad = None
-    return found
-
-
-def local(tensor: Tensor) -> Tensor:
-    assert isinstance(tensor, DTensor)
-    return tensor.detach().to_local()
-
-
-def whole(gradient: Tensor | None) -> Tensor:
-    assert isinstance(gradient, DTensor)
-    return gradient.full_tensor().clone()
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, but that any NaN is like any other."""
-    if one.dtype is not other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(one.isnan(), other.isnan()) and torch.equal(
-        one.nan_to_num(nan=0.0, posinf=inf, neginf=-inf),
-        other.nan_to_num(nan=0.0, posinf=inf, neginf=-inf),
-    )
 
 
 def contents(seed: int) -> list[Tensor]:
@@ -289,7 +184,7 @@ def check_grads(job: Job, found: list[Tensor]) -> None:
 
 
 FEEDBACK_SHAPES: list[tuple[int, ...]] = [(5, 19), (11,), (1, 8), (23, 7)]
-REPEATS = 32
+REPEATS = 16
 
 
 def feedback_jobs() -> list[Job]:

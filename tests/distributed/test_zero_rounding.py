@@ -23,6 +23,13 @@ INT8, INT4, FP8 = Quantization.int8, Quantization.int4, Quantization.fp8
 NONE, NODE, ALL = Extent
 FP32 = PrecisionConfig()
 ZERO_3 = Partition(ALL, ALL, ALL)
+ZERO_PP = ZeroConfig(
+    secondary_shard=2,
+    quantize_weights=INT8,
+    quantize_gradients=INT4,
+    error_feedback=True,
+    block_size=32,
+)
 DP: dict[str, Any] = {"dp_shard": 4}
 REPLICAS: dict[str, Any] = {"dp_shard": 2, "dp_replicate": 2, "ranks_per_node": 1}
 TP: dict[str, Any] = {"dp_shard": 2, "tp": 2, "num_layers": 1}
@@ -64,6 +71,7 @@ RUNS = [
         precision=FP32,
         **DP,
     ),
+    case(ZERO_PP, precision=FP32, **DP),
 ]
 EVERY_RUN = [
     case(rounding(**{f"quantize_{what}": kind}), precision=FP32, **layout, tied=tied)
@@ -98,6 +106,8 @@ def test_rounded_runs_stay_close(run_ranks: Callable[..., list[Any]], runs: list
             for key in by_rank[0][number].worst
         }
         zero = one.config.zero
+        digests = [rank[number].digests for rank in by_rank]
+        assert digests == digests[:1] * WORLD, "all have the same masters and gradients"
         told = (zero, one.config.parallel, worst)
         limits = [
             LIMITS[what][kind]

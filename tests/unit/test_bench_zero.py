@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from phalanx.bench import namespaces, peer_deepspeed, slow_network, zero, zero_ways
-from phalanx.bench.figures import Figure, table
+from phalanx.bench.figures import Figure, Request, table
 from phalanx.bench.slow_network_ranks import (
     LAST,
     PEER,
@@ -20,6 +20,7 @@ from phalanx.parallel.comm_meter import Traffic
 from phalanx.parallel.zero.config import Quantization, ZeroConfig
 from phalanx.train.bench_config import BenchConfig, SlowNetworkConfig
 from phalanx.train.config import Config, LaunchConfig, Launcher, Precision, TrainingConfig
+from phalanx.train.data.config import DataConfig
 
 
 def by_name(figures: Any) -> dict[str, Figure]:
@@ -30,7 +31,8 @@ def by_name(figures: Any) -> dict[str, Figure]:
     return named
 
 
-def test_ranks_are_laid_out_as_nodes_and_as_one() -> None:
+def test_ranks_are_laid_out_as_nodes_and_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero_ways, "check_data", lambda *_, **__: None)
     config = Config(bench=BenchConfig(nodes=2, ranks_per_node=4), zero=ZeroConfig(block_size=64))
     training = TrainingConfig(global_batch_size=16)
     laid = zero_ways.layout(replace(config, training=training), precision=zero_ways.BF16)
@@ -56,6 +58,7 @@ def test_ranks_are_laid_out_as_nodes_and_as_one() -> None:
             Config(training=TrainingConfig(global_batch_size=6)),
             ("training.global_batch_size=6", "4 data-parallel ranks"),
         ),
+        (Config(data=DataConfig(dir="nowhere")), ("data.dir=nowhere", "phalanx data prepare")),
     ],
 )
 def test_what_cannot_be_laid_out(config: Config, words: tuple[str, ...]) -> None:
@@ -150,14 +153,13 @@ def test_machines_without_namespaces_say_what_is_missing(monkeypatch: pytest.Mon
     monkeypatch.setattr(namespaces.shutil, "which", lambda tool: None if tool == "tc" else tool)
     assert namespaces.missing() == "not found: tc; install iproute2"
     monkeypatch.setattr(namespaces.sys, "platform", "darwin")
+    monkeypatch.setattr(zero_ways, "check_data", lambda *_, **__: None)
     assert "Linux" in str(namespaces.missing())
     with pytest.raises(ValueError, match="bench slow_network: network namespaces are Linux's"):
-        slow_network.bench(zero_request())
+        slow_network.bench(plain_request())
 
 
-def zero_request() -> Any:
-    from phalanx.bench.figures import Request
-
+def plain_request() -> Request:
     return Request(config=Config(), world_size=4, launch=lambda *_, **__: [], arguments=[])
 
 
