@@ -36,6 +36,7 @@ class Reduced:
         """`extent`: the ranks that divide gradients between microbatches."""
         self._params, self._wire, self._groups = params, wire, groups
         self._extent, self._dtypes, self._lane, self._device = extent, dtypes, lane, device
+        self._learns = any(param.sharded.requires_grad for param in params)
         self._error_feedback = error_feedback and wire.is_quantized
         self._residuals: dict[str, Tensor] = {}
         self._summed: Tensor | None = None
@@ -67,16 +68,17 @@ class Reduced:
 
     @torch.no_grad()
     def take(self, *, last: bool) -> None:
-        """Take up what a backward pass left; `last`: of the step."""
-        if self._params[0].whole is None:
+        """Take up what a backward pass left; `last`: of the step.
+
+        A rank whose part of the batch left nothing joins with zeros, as others may have something.
+        """
+        if self._params[0].whole is None or not self._learns:
             return
         at_once = self._extent is not Extent.none
         same_format = self._dtypes.reduce == self._dtypes.compute
         if not (at_once or last or self._summed is not None) and same_format:
             return  # autograd adds the next ones to them
         grads = [param.take_gradient() for param in self._params]
-        if all(grad is None for grad in grads) and self._summed is None:
-            return
         if at_once:
             self._begin(grads, last=last)
             return
@@ -131,7 +133,8 @@ class Reduced:
         own = yield from groups.copies.all_reduce("replicas", values)
         parts = self._wire.layout.parts_of(own, groups.slice_index)
         for param, part in zip(self._params, parts, strict=True):
-            param.set_gradient(part)
+            if param.sharded.requires_grad:
+                param.set_gradient(part)
 
     def _add_up(self, values: Tensor, *, last: bool) -> Tensor:
         """Add to the sum over microbatches so far, in the masters' format; the `last` one goes on

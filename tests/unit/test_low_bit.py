@@ -1,5 +1,8 @@
 """Low-bit AdamW: code books, rounding, its error beside fp32, and what it holds in memory."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,20 +14,14 @@ from phalanx.train.optim import low_bit
 from phalanx.train.optim.adamw import AdamW
 from phalanx.train.optim.block_codes import Codec, Scratch, codecs
 from phalanx.train.optim.blocks import FORMATS, StateFormat, block_size, check_column_cut
-from phalanx.train.optim.codebooks import (
-    LINEAR_4,
-    SIGNED_4,
-    SIGNED_8,
-    UNSIGNED_8,
-    CodeBook,
-    dynamic_codes,
-    linear_codes,
-)
+from phalanx.train.optim.codebooks import CodeBook, code_books, dynamic_codes, linear_codes
 from phalanx.train.optim.config import OptimConfig, OptimizerName
 from phalanx.train.optim.low_bit import LowBitAdamW
 from phalanx.train.optim.registry import make_optimizer
 
 LOW_BIT = sorted(FORMATS, key=lambda name: name.name)
+SIGNED_8, UNSIGNED_8 = code_books(8)
+SIGNED_4, LINEAR_4 = code_books(4)
 CPU = torch.device("cpu")
 SHAPES = {
     "wide": (24, 512),
@@ -290,6 +287,25 @@ def test_a_cut_inside_a_block_is_refused() -> None:
     with pytest.raises(ValueError, match=r"optim.name=adamw8bit: parallel.tp=3 cuts the 192 col"):
         check_column_cut(OptimizerName.adamw8bit, "wo", (192, 192), parts=3)
     check_column_cut(OptimizerName.adamw, "wo", (192, 192), parts=3)
+
+
+AFTER_FORK = """
+import os, signal
+import phalanx.train.trainer
+import torch
+if os.fork() == 0:
+    signal.alarm(30)
+    torch.zeros(2**20).mul_(2)
+    os._exit(0)
+raise SystemExit(os.wait()[1] != 0)
+"""
+
+
+def test_imports_start_no_threads() -> None:
+    """Ranks are forked from a process that has imported the trainer; torch's threads, had an import
+    started them, would not be there."""
+    environment = os.environ | {"OMP_NUM_THREADS": "4"}
+    assert subprocess.run([sys.executable, "-c", AFTER_FORK], env=environment).returncode == 0
 
 
 def test_configuration() -> None:

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from phalanx.train.optim.blocks import StateFormat
-from phalanx.train.optim.codebooks import LINEAR_4, SIGNED_4, SIGNED_8, UNSIGNED_8, CodeBook
-
-BOOKS = {8: (SIGNED_8, UNSIGNED_8), 4: (SIGNED_4, LINEAR_4)}
-"""Code books of the first and the second moment, by bits."""
+from phalanx.train.optim.codebooks import CodeBook, code_books
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ class Codec:
 
 def codecs(state: StateFormat) -> tuple[Codec, Codec]:
     """Of the first and of the second moment."""
-    first, second = BOOKS[state.bits]
+    first, second = code_books(state.bits)
     return Codec(first, state), Codec(second, state)
 
 

@@ -8,6 +8,7 @@ m / (sqrt(v) + eps) explode.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -98,11 +99,15 @@ def _bucket_ends() -> tuple[Tensor, Tensor]:
     return ends.amin(0), ends.amax(0)
 
 
-SIGNED_8 = CodeBook(dynamic_codes(bits=8, signed=True))
-"""First moments of 8 bits."""
-UNSIGNED_8 = CodeBook(dynamic_codes(bits=8, signed=False), keep_positive=True)
-"""Second moments of 8 bits. Their code has a zero, which only zero is rounded to."""
-SIGNED_4 = CodeBook(dynamic_codes(bits=4, signed=True))
-"""First moments of 4 bits."""
-LINEAR_4 = CodeBook(linear_codes(bits=4))
-"""Second moments of 4 bits."""
+@cache
+def code_books(bits: int) -> tuple[CodeBook, CodeBook]:
+    """Of the first and of the second moment, 8 or 4 bits.
+
+    The code of 8-bit second moments has a zero, which only zero is rounded to. Made when first
+    asked for, never on import: their tables start torch's threads, and what is forked from a
+    process that has threads hangs in its first parallel operator.
+    """
+    if bits == 8:
+        unsigned = dynamic_codes(bits=8, signed=False)
+        return CodeBook(dynamic_codes(bits=8, signed=True)), CodeBook(unsigned, keep_positive=True)
+    return CodeBook(dynamic_codes(bits=4, signed=True)), CodeBook(linear_codes(bits=4))
