@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 def settle_partial(parameters: Iterable[Tensor]) -> None:
     """Reduce gradients that tensor parallelism left as partial sums, in place.
 
-    FSDP2 does this for the parameters it manages; others (data-parallel size 1) are left to us.
+    ZeRO does this for the parameters that it divides; others (data-parallel size 1) come here.
     """
     for parameter in parameters:
         grad = parameter.grad

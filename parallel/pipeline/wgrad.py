@@ -85,7 +85,7 @@ def defer_weight_gradients(
 ) -> None:
     """Make `model`'s linear layers, embeddings and RMSNorms hand their weight gradients to `store`.
 
-    In place, after tensor parallelism and before activation checkpointing, compilation and FSDP2.
+    In place, after tensor parallelism and before activation checkpointing, compilation and ZeRO.
     Names and values of parameters stay, as does every output, bit for bit. Left to autograd, which
     is as right: everything inside the modules of `leave`; subclasses of the three; embeddings with
     `max_norm` or `sparse`; norms of inputs in another format than their weight's.

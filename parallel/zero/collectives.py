@@ -1,8 +1,8 @@
 """Messages between the ranks that divide a model, as hops over one group each.
 
 Everything that ZeRO sends is made of two kinds of hops: between nodes (the ranks at the same place
-of their node) and inside a node. A hop starts at once and hands back what to wait for. Sums are
-taken in the ranks' order, so that they do not depend on timing.
+of their node) and inside a node. A hop starts at once and hands back what to wait for. Sums do not
+depend on timing: those taken here follow the ranks' order, others the backend's.
 """
 
 from collections.abc import Callable, Generator
@@ -111,8 +111,11 @@ class Lane:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Before the computing's kernels: copies at a transfer's ends are short, and waited for.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._open: list[Transfer[Any]] = []
+        self._to_read: list[Tensor] = []
+        self._reading: tuple[torch.cuda.Event, list[Tensor]] | None = None
 
     @property
     def beside(self) -> AbstractContextManager[object]:
@@ -124,6 +127,9 @@ class Lane:
         for transfer in self._open:
             transfer.advance()
         if self._stream is not None:
+            if self._reading is not None:
+                torch.cuda.current_stream().wait_event(self._reading[0])
+                self._reading = None
             # Also lets memory go round: what the computing has done with, this stream may reuse.
             self._stream.wait_stream(torch.cuda.current_stream())
         with self.beside:
@@ -132,6 +138,8 @@ class Lane:
                 while not begun.done:
                     begun.advance()
                 begun.event = self._stream.record_event()
+                if self._to_read:
+                    self._reading, self._to_read = (begun.event, self._to_read), []
         self._open = [transfer for transfer in (*self._open, begun) if not transfer.done]
         return begun
 
@@ -143,12 +151,18 @@ class Lane:
             self._open = [other for other in self._open if not other.done]
         if transfer.event is not None:
             torch.cuda.current_stream().wait_event(transfer.event)
+            if self._reading is not None and self._reading[0] is transfer.event:
+                self._reading = None
         return transfer.result
 
     def uses(self, tensor: Tensor) -> None:
-        """Keep a tensor's memory until the work begun so far is done with it."""
+        """Keep a tensor of the computing's memory for the transfer that begins next.
+
+        The transfer after it waits for that, as FSDP2's do. Tensor.record_stream would give memory
+        back when a host that runs ahead has long asked for more.
+        """
         if self._stream is not None:
-            tensor.record_stream(self._stream)
+            self._to_read.append(tensor)
 
 
 def _started(work: dist.Work | None) -> dist.Work:

@@ -80,13 +80,13 @@ class Gathered:
 
     def forget(self) -> None:
         """The masters may have changed: nothing that was gathered holds any more."""
-        if self._transfer is not None:
-            self._lane.finish(self._transfer)
-            self._transfer = None
         self._node_copy = None
         self._drop()
 
     def _drop(self) -> None:
+        if self._transfer is not None:  # begun ahead and not used: it would fill what is freed
+            self._lane.finish(self._transfer)
+            self._transfer = None
         if self._memory is not None:
             self._memory.untyped_storage().resize_(0)
             self.ready = False
@@ -103,7 +103,8 @@ class Gathered:
             self.ready = True
             return
         sizes = [prod(param.shape) for param in self._params]
-        self._memory = torch.empty(sum(sizes), dtype=self._dtypes.compute, device=self._device)
+        with self._lane.beside:  # where it will come from again
+            self._memory = torch.empty(sum(sizes), dtype=self._dtypes.compute, device=self._device)
         for flat, param in zip(self._memory.split(sizes), self._params, strict=True):
             self._wholes.append(flat.view(param.shape))
             # Another version counter: filling the memory anew is no change that autograd must see.

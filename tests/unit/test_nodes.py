@@ -1,5 +1,7 @@
 """What each launcher counts as a node, and how many ranks share this machine's devices."""
 
+from dataclasses import replace
+
 import pytest
 
 from phalanx.launch import env
@@ -7,7 +9,15 @@ from phalanx.launch.compose import compose, ranks_per_node
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.ranks import Ranks
 from phalanx.parallel.zero.config import Quantization, ZeroConfig
-from phalanx.train.config import Config, Device, LaunchConfig, Launcher
+from phalanx.train.config import (
+    Config,
+    Device,
+    LaunchConfig,
+    Launcher,
+    Precision,
+    VerifyConfig,
+)
+from phalanx.train.optim.config import OptimConfig, OptimizerName
 from phalanx.train.verify.run import layouts
 
 EMULATED = LaunchConfig(emulate_nodes=True, nodes=2, ranks_per_node=4)
@@ -87,3 +97,11 @@ def test_verify_plays_nodes_in_the_layout_alone() -> None:
 def test_verify_refuses_what_rounds(key: str) -> None:
     with pytest.raises(ValueError, match=rf"^zero\.{key}=int8: .* zero\.{key}=none"):
         layouts(verified(**{key: Quantization.int8}))
+
+
+def test_verify_asks_for_fp64_of_low_bit_states() -> None:
+    config = replace(verified(), optim=OptimConfig(name=OptimizerName.adamw8bit))
+    with pytest.raises(ValueError, match=r"^verify\.dtype=fp32: .*adamw8bit.* verify\.dtype=fp64"):
+        layouts(config)
+    for settled in (VerifyConfig(tolerance=0.01), VerifyConfig(dtype=Precision.fp64)):
+        assert layouts(replace(config, verify=settled))[1].optim.name is OptimizerName.adamw8bit

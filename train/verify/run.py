@@ -9,7 +9,7 @@ from typing import Any
 from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
 from phalanx.parallel.zero.config import Quantization, ZeroConfig
 from phalanx.train.config import Config, Injection, Precision, PrecisionConfig
-from phalanx.train.optim.config import LrConfig, LrSchedule
+from phalanx.train.optim.config import LrConfig, LrSchedule, OptimizerName
 from phalanx.train.pipeline_plan import check_pipeline
 from phalanx.train.verify.compare import Report, compare
 from phalanx.train.verify.record import record
@@ -79,7 +79,7 @@ def layouts(config: Config) -> tuple[Config, Config, Config]:
     Raises:
         ValueError: as `verify`.
     """
-    _check_exact(config.zero)
+    _check_exact(config)
     layout = _plain(config)
     # Lone process: nothing sharded, cut, recomputed or compiled.
     reference = _in_layout(layout, dict.fromkeys(DEGREES, 1), alone=True)
@@ -139,14 +139,21 @@ def _zero_in(zero: ZeroConfig, parallel: ParallelConfig, *, alone: bool) -> Zero
     return replace(zero, secondary_shard=zero.secondary_shard if fits else 0)
 
 
-def _check_exact(zero: ZeroConfig) -> None:
+def _check_exact(config: Config) -> None:
     for name in ("quantize_weights", "quantize_gradients"):
-        value: Quantization = getattr(zero, name)
+        value: Quantization = getattr(config.zero, name)
         if value is not Quantization.none:
             raise ValueError(
                 f"zero.{name}={value.name}: rounds what travels, so that no layout computes what "
                 f"one process does to verify.tolerance; verify with zero.{name}=none"
             )
+    low_bit = config.optim.name is not OptimizerName.adamw
+    if low_bit and config.verify.dtype is Precision.fp32 and config.verify.tolerance is None:
+        raise ValueError(
+            f"verify.dtype=fp32: with optim.name={config.optim.name.name} a last bit that differs "
+            "between layouts can choose another code of a state, far above the tolerance; use "
+            "verify.dtype=fp64, which is exact, or set verify.tolerance (0.01)"
+        )
 
 
 def _resume_degrees(config: Config) -> dict[str, int]:
