@@ -8,21 +8,16 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+from torch import Tensor
 
-from phalanx.bench.peer_fsdp2 import adamw
+from phalanx.bench.peer import Peer, adamw
 from phalanx.parallel.ranks import Ranks
 from phalanx.train.config import Config
-from phalanx.train.data.source import Batch
 from phalanx.train.model.init import init_weights
 from phalanx.train.model.transformer import Transformer
-from phalanx.train.optim.schedule import learning_rate
 
 
 def installed() -> bool:
@@ -41,64 +36,35 @@ def settings(config: Config, *, num_microbatches: int) -> dict[str, Any]:
     }
 
 
-class DeepSpeedLoop:
+class DeepSpeedLoop(Peer):
     """Same model, data, microbatches and learning rates in fp32; all ranks are data-parallel."""
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         """In the ranks' process group; collective."""
-        self.config = config
-        self.device = ranks.device
-        self.world_size = ranks.world_size
-        rows = config.training.global_batch_size // ranks.world_size
-        self.num_microbatches = rows // config.training.microbatch_size
+        super().__init__(config, ranks)
         deepspeed = _imported(ranks)
         model = Transformer(config.model).to(ranks.device)
         init_weights(model, config.model, seed=config.training.seed)
         self.optimizer = adamw(model.parameters(), config.optim)
         with redirect_stdout(sys.stderr):  # it prints; a bench's output is a table
-            self.engine: Any = deepspeed.initialize(
+            self.model = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
                 config=settings(config, num_microbatches=self.num_microbatches),
                 dist_init_required=False,
             )[0]
 
-    def run(self, batches: Iterator[Batch], first: int, steps: int) -> float:
-        """Train `steps` steps; the last one's loss."""
-        loss = 0.0
-        for step in range(first, first + steps):
-            loss = self._step(next(batches), step)
-        return loss
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """See `Peer.backward`; DeepSpeed counts microbatches itself, and updates after the last."""
+        self.model.backward(loss, scale_wrt_gas=False)
+        self.model.step()
+
+    def update(self) -> None:
+        """Done by `backward`."""
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model."""
-        self.engine.destroy()
-
-    def _step(self, batch: Batch, step: int) -> float:
-        count = torch.tensor([batch.num_valid], device=self.device)
-        dist.all_reduce(count)
-        num_valid = int(count.item())
-        lr = learning_rate(self.config.optim.lr, step, self.config.training.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        total = torch.zeros((), device=self.device)
-        for index in range(self.num_microbatches):
-            size = self.config.training.microbatch_size
-            rows = slice(index * size, (index + 1) * size)
-            document = None if batch.document_BS is None else batch.document_BS[rows]
-            logits = self.engine(
-                batch.tokens_BS[rows].to(self.device),
-                positions_BS=batch.positions_BS[rows].to(self.device),
-                document_BS=None if document is None else document.to(self.device),
-            )
-            labels = batch.labels_BS[rows].to(self.device).flatten()
-            loss = F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum") / num_valid
-            # Gradients are averaged over ranks; the loss is a share of a global mean already.
-            self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
-            self.engine.step()
-            total += loss.detach()
-        dist.all_reduce(total)
-        return float(total.item())
+        self.model.destroy()
 
 
 def _imported(ranks: Ranks) -> Any:

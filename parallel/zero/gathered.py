@@ -80,8 +80,8 @@ class Gathered:
 
     def forget(self) -> None:
         """The masters may have changed: nothing that was gathered holds any more."""
-        self._node_copy = None
         self._drop()
+        self._node_copy = None
 
     def _drop(self) -> None:
         if self._transfer is not None:  # begun ahead and not used: it would fill what is freed

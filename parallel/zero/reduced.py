@@ -160,4 +160,3 @@ class Reduced:
         for index, row in enumerate(out):
             wire.unpack_sum(received[:, index], row)
         return out.view(-1)
-

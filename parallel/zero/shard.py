@@ -117,7 +117,10 @@ class Sharding:
         self._open.remove(unit)
         if not self._deferring:
             unit.reduced.take(last=self._last)
-        unit.gathered.free()
+        if self._last and not self._deferring:
+            unit.gathered.forget()  # not used again before the optimizer comes
+        else:
+            unit.gathered.free()
 
     def _leave_backward(self) -> None:
         for unit in reversed(self._open or ()):
