@@ -38,8 +38,9 @@ class Peer(ABC):
     def update(self) -> None:
         """The step's end: clip, update, drop gradients."""
 
+    @abstractmethod
     def close(self) -> None:
-        """Nothing is held open."""
+        """Let go of what is held open."""
 
     def run(self, batches: Iterator[Batch], first: int, steps: int) -> float:
         """Train `steps` steps; the last one's loss."""

@@ -55,3 +55,6 @@ class PeerLoop(Peer):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from phalanx.bench.figures import Figure, Request, compared
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.config import Quantization
-from phalanx.parallel.zero.quantize import BlockFormat, dequantize, dequantize_sum, quantize
+from phalanx.parallel.zero.quantize import dequantize, dequantize_sum, quantize
+from phalanx.parallel.zero.slices import BlockFormat
 from phalanx.train.config import Config
 
 KINDS = (Quantization.int8, Quantization.int4, Quantization.fp8)

@@ -13,7 +13,7 @@ from phalanx.parallel.mesh import build_mesh
 from phalanx.parallel.plan import ModelPlan
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.config import ZeroConfig
-from phalanx.parallel.zero.gathered import Dtypes
+from phalanx.parallel.zero.settings import Dtypes
 from phalanx.parallel.zero.shard import Sharder
 
 FP32 = torch.float32

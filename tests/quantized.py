@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from phalanx.parallel.zero.config import Quantization
-from phalanx.parallel.zero.quantize import BlockFormat
+from phalanx.parallel.zero.slices import BlockFormat
 
 LARGEST = {Quantization.int8: 127, Quantization.int4: 7, Quantization.fp8: 448}
 

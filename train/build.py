@@ -12,7 +12,7 @@ from phalanx.parallel.pipeline.graph import Schedule
 from phalanx.parallel.pipeline.runtime import PipelineExecutor
 from phalanx.parallel.pipeline.tied import TiedWeight, share_memory
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore
-from phalanx.parallel.zero.gathered import Dtypes
+from phalanx.parallel.zero.settings import Dtypes
 from phalanx.parallel.zero.shard import Sharder, Sharding
 from phalanx.train.config import Config, Precision, PrecisionConfig
 from phalanx.train.data.source import BatchSource

@@ -171,11 +171,14 @@ class Engine:
         """What belongs to this rank and this layout alone, by name: roundings that gradients
         are still owed (zero.error_feedback). Views, not copies."""
         rank, tensors = self.mesh.world.get_rank(), {}
+        names = {id(parameter): name for name, parameter in self.model.parameters.items()}
         for stage, sharding in self.model.shardings.items():
-            for number, unit in enumerate(sharding.units):
+            for unit in sharding.units:
+                # A stage's copy of a tied weight has no name of its own.
+                owner = names.get(id(unit.params[0].sharded), f"stage{stage}")
                 for hop, residual in unit.reduced.residuals().items():
-                    shape = "x".join(map(str, residual.shape))
-                    tensors[f"residual.{rank}.{stage}.{number}.{hop}.{shape}"] = residual
+                    where = "x".join(map(str, (*unit.reduced.cut, *residual.shape)))
+                    tensors[f"residual.{rank}.{owner}.{hop}.{where}"] = residual
         return tensors
 
     def _inputs(self, batch: Batch) -> Inputs:

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from phalanx.parallel.zero.config import Quantization
-from phalanx.parallel.zero.quantize import LARGEST, LEAST_SCALE, SCALE_BITS, BlockFormat
+from phalanx.parallel.zero.quantize import LARGEST, LEAST_SCALE, SCALE_BITS
+from phalanx.parallel.zero.slices import BlockFormat
 
 INT4, FP8 = tl.constexpr(Quantization.int4.value), tl.constexpr(Quantization.fp8.value)
 LEAST, FIRST_BITS = tl.constexpr(LEAST_SCALE), tl.constexpr(SCALE_BITS)

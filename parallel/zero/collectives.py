@@ -40,7 +40,7 @@ class Hop:
             return part.unsqueeze(0)
         out = part.new_empty(self.size, part.numel())
         self._meter.exchanged(kind, self._ranks, part.nbytes)
-        yield _started(_all_gather(out.view(-1), part, group=self._group, async_op=True))
+        yield from self._run(_all_gather, out.view(-1), part)
         return out
 
     def exchange(self, kind: str, parts: Tensor) -> Steps[Tensor]:
@@ -49,9 +49,7 @@ class Hop:
             return parts
         out = torch.empty_like(parts)
         self._meter.exchanged(kind, self._ranks, parts[0].nbytes)
-        yield _started(
-            dist.all_to_all_single(out.view(-1), parts.view(-1), group=self._group, async_op=True)
-        )
+        yield from self._run(dist.all_to_all_single, out.view(-1), parts.view(-1))
         return out
 
     def reduce_scatter(self, kind: str, parts: Tensor) -> Steps[Tensor]:
@@ -65,7 +63,7 @@ class Hop:
         if parts.is_cuda:
             out = parts.new_empty(parts.shape[1])
             self._meter.exchanged(kind, self._ranks, out.nbytes)
-            yield _started(_reduce_scatter(out, parts.view(-1), group=self._group, async_op=True))
+            yield from self._run(_reduce_scatter, out, parts.view(-1))
             return out
         received = yield from self.exchange(kind, parts.view(torch.uint8))
         return received.view(parts.dtype).sum(0)
@@ -74,8 +72,15 @@ class Hop:
         """Sum over ranks, in place."""
         if self.size > 1:
             self._meter.all_reduced(kind, self._ranks, values.nbytes)
-            yield _started(dist.all_reduce(values, group=self._group, async_op=True))
+            yield from self._run(dist.all_reduce, values)
         return values
+
+    def _run(self, collective: Callable[..., dist.Work | None], *tensors: Tensor) -> Steps[None]:
+        """Start a collective. On CUDA it is in line on the current stream, not on one of NCCL's,
+        which the hops of both lanes would share."""
+        work = collective(*tensors, group=self._group, async_op=not tensors[0].is_cuda)
+        if work is not None:
+            yield work
 
 
 class Transfer(Generic[T]):
@@ -163,8 +168,3 @@ class Lane:
         """
         if self._stream is not None:
             self._to_read.append(tensor)
-
-
-def _started(work: dist.Work | None) -> dist.Work:
-    assert work is not None, "this rank is not in the group"
-    return work

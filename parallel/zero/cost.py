@@ -12,15 +12,13 @@ Torch-free.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import lcm, prod
+from math import prod
 
 from phalanx.parallel.comm_meter import CommMeter, Traffic
 from phalanx.parallel.zero.config import Offload, Quantization, ZeroConfig
 from phalanx.parallel.zero.partition import Extent
 from phalanx.parallel.zero.places import Place
-
-ALIGNMENT = 16
-"""Of regions of a slice, in elements, and of codes and scales, in bytes."""
+from phalanx.parallel.zero.slices import Slices, block_format, wire_bytes
 
 Shape = tuple[int, ...]
 MomentBytes = Callable[[Shape, int], int]
@@ -78,40 +76,10 @@ class Held:
         return total if self.on_host else total + self.masters + self.moments
 
 
-class SliceSizes:
-    """A unit's slice as `layout.SliceLayout` cuts it and `wire.Wire` sends it."""
-
-    def __init__(self, shapes: Sequence[Shape], *, num_slices: int, block: int) -> None:
-        """`block`: elements of a quantization block, 1 for none."""
-        self._block = block
-        offset = 0
-        for shape in shapes:
-            if len(shape) >= 2:
-                offset += _up(-(-shape[0] // num_slices) * prod(shape[1:]), block)
-        self.matrix_numel = _up(offset, lcm(block, ALIGNMENT))
-        """Elements that may be quantized, padding counted."""
-        vectors = sum(-(-shape[0] // num_slices) for shape in shapes if len(shape) < 2)
-        self.numel = _up(self.matrix_numel + vectors, ALIGNMENT)
-        """Elements of a slice, padding counted."""
-        self.rows = [(shape, -(-shape[0] // num_slices)) for shape in shapes]
-        """Each parameter's shape and rows."""
-
-    def wire_bytes(self, kind: Quantization, size: int) -> int:
-        """Bytes of a slice on its way, what is not quantized in numbers of `size` bytes."""
-        if kind is Quantization.none or not self.matrix_numel:
-            return self.numel * size
-        codes = self.matrix_numel // 2 if kind is Quantization.int4 else self.matrix_numel
-        scales = 4 * self.matrix_numel // self._block
-        rest = (self.numel - self.matrix_numel) * size
-        return _up(codes, ALIGNMENT) + _up(scales, ALIGNMENT) + rest
-
-
-def sizes_of(
-    unit: UnitShapes, config: ZeroConfig, num_slices: int, kind: Quantization
-) -> SliceSizes:
+def sizes_of(unit: UnitShapes, config: ZeroConfig, num_slices: int, kind: Quantization) -> Slices:
     """How a unit is cut for what travels as `kind`."""
     block = 1 if kind is Quantization.none else config.block_size
-    return SliceSizes(unit.shapes, num_slices=num_slices, block=block)
+    return Slices(unit.shapes, num_slices=num_slices, block=block)
 
 
 def sent(
@@ -132,7 +100,9 @@ def sent(
         meter.exchanged("params", place.across, weights * refreshes)
         meter.exchanged("params", place.local, weights * uses * nodes)
         sizes = sizes_of(unit, config, place.num_slices, config.quantize_gradients)
-        grads = unit.count * sizes.wire_bytes(config.quantize_gradients, formats.reduce)
+        grads = unit.count * wire_bytes(
+            sizes, block_format(config.quantize_gradients, config), formats.reduce
+        )
         inside = 1 if point.grads is Extent.none else microbatches
         outside = microbatches if point.grads is Extent.all else 1
         meter.exchanged("grads", place.local, grads * inside * nodes)
@@ -155,9 +125,9 @@ def held(
     masters = states = params = grads = feedback = 0
     for unit in units:
         sizes = sizes_of(unit, config, place.num_slices, config.quantize_gradients)
-        share = sum(rows * prod(shape[1:]) for shape, rows in sizes.rows)
+        share = sum(entry.chunk for entry in sizes.entries)
         masters += unit.count * share * formats.params
-        states += unit.count * sum(moments(shape, rows) for shape, rows in sizes.rows)
+        states += unit.count * sum(moments(e.shape, e.chunk_rows) for e in sizes.entries)
         params += unit.count * _kept_params(unit, config, formats, place)
         grads += unit.count * _kept_grads(unit, sizes, config, formats, place, microbatches)
         feedback += unit.count * _residual(sizes, config, formats, place)
@@ -175,7 +145,7 @@ def held(
 def _weight_wire(unit: UnitShapes, config: ZeroConfig, formats: Formats, place: Place) -> int:
     """Bytes of a rank's slice of a unit's parameters, as it travels."""
     sizes = sizes_of(unit, config, place.num_slices, config.quantize_weights)
-    return sizes.wire_bytes(config.quantize_weights, formats.compute)
+    return wire_bytes(sizes, block_format(config.quantize_weights, config), formats.compute)
 
 
 def _kept_params(unit: UnitShapes, config: ZeroConfig, formats: Formats, place: Place) -> int:
@@ -190,7 +160,7 @@ def _kept_params(unit: UnitShapes, config: ZeroConfig, formats: Formats, place: 
 
 def _kept_grads(
     unit: UnitShapes,
-    sizes: SliceSizes,
+    sizes: Slices,
     config: ZeroConfig,
     formats: Formats,
     place: Place,
@@ -207,7 +177,7 @@ def _kept_grads(
     return place.num_slices * sizes.numel * formats.reduce
 
 
-def _residual(sizes: SliceSizes, config: ZeroConfig, formats: Formats, place: Place) -> int:
+def _residual(sizes: Slices, config: ZeroConfig, formats: Formats, place: Place) -> int:
     if not config.error_feedback:
         return 0
     slices = place.num_slices if len(place.local) > 1 else 0
@@ -224,13 +194,13 @@ def _working(
     for unit in units:
         whole = max(whole, unit.numel * formats.compute)
         if slices > 1:
-            on_way = max(on_way, slices * _weight_wire(unit, config, formats, place))
+            in_wire = slices * _weight_wire(unit, config, formats, place)
+            if config.quantize_weights is not Quantization.none:  # and read out of it, in slices
+                weights = sizes_of(unit, config, slices, config.quantize_weights)
+                in_wire += slices * weights.numel * formats.compute
+            on_way = max(on_way, in_wire)
         sizes = sizes_of(unit, config, slices, config.quantize_gradients)
         in_slices = slices * sizes.numel * formats.reduce
         reduced = max(reduced, unit.numel * formats.compute + 2 * in_slices)
     gathered = 0 if config.extents.params is Extent.none else 2 * whole
     return gathered + on_way + reduced
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -6,47 +6,28 @@ computes with the same values, rounded or not.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from phalanx.parallel.zero.collectives import Lane, Steps, Transfer
-from phalanx.parallel.zero.groups import Groups
+from phalanx.parallel.zero.collectives import Steps, Transfer
 from phalanx.parallel.zero.parameter import UnitParameter
 from phalanx.parallel.zero.partition import Extent
+from phalanx.parallel.zero.settings import Settings
 from phalanx.parallel.zero.wire import Wire
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dtypes:
-    """Number formats of one run."""
-
-    params: torch.dtype
-    compute: torch.dtype
-    reduce: torch.dtype
 
 
 class Gathered:
     """Whole parameters of one unit, whose memory comes and goes."""
 
-    def __init__(
-        self,
-        params: Sequence[UnitParameter],
-        wire: Wire,
-        *,
-        groups: Groups,
-        extent: Extent,
-        dtypes: Dtypes,
-        lane: Lane,
-        device: torch.device,
-    ) -> None:
-        """`extent`: the ranks that divide the parameters between uses."""
+    def __init__(self, params: Sequence[UnitParameter], wire: Wire, settings: Settings) -> None:
         self.ready = False
         """Whether the whole parameters are there."""
-        self._params, self._wire, self._groups = params, wire, groups
-        self._dtypes, self._lane, self._device = dtypes, lane, device
+        self._params, self._wire, self._groups = params, wire, settings.groups
+        self._dtypes, self._device = settings.dtypes, settings.device
+        self._lane = settings.param_lane
+        groups, extent = settings.groups, settings.config.extents.params
         self._keeps_node_copy = extent is Extent.node and groups.across.size > 1
         self._keeps_whole = extent is Extent.none or groups.num_slices == 1
         self._memory: Tensor | None = None

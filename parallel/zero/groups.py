@@ -41,6 +41,7 @@ def zero_groups(mesh: Mesh, config: ZeroConfig) -> Groups:
     Raises:
         ValueError: see `ZeroConfig.check_nodes`.
     """
+    assert mesh.size("cp") == 1, "context-parallel ranks would have to add up gradients too"
     size, world, states = mesh.size("dp_shard"), mesh.world, config.extents.states
     per_node = data_ranks_per_node(size, mesh.size("tp"), mesh.ranks_per_node)
     config.check_nodes(size, per_node)

@@ -1,9 +1,4 @@
-"""Where the parameters of a unit lie in the slices that ranks hold of it.
-
-A parameter of n rows is cut along dim 0 into S slices of ceil(n / S) rows, as torch.chunk cuts; the
-last ones may be short or empty. A slice of the unit is its parameters' slices one behind the other,
-padded to one size: first the matrices, each from a multiple of the quantization block on, so that
-no block mixes two parameters; then the vectors, which always travel unquantized.
+"""Where the parameters of a unit lie in the slices that ranks hold of it (see `slices`).
 
 `slots` are all slices of a unit, (L, R, N): the slice z = r L + l lies at [l, r], so that what the
 L ranks of node r hold is [:, r], and what the R ranks at place l of their nodes hold is [l]. Hops
@@ -12,64 +7,22 @@ between nodes and inside a node then move contiguous memory (slice reordering of
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import lcm, prod
+from math import prod
 
 from torch import Tensor
 
-ALIGNMENT = 16
-"""Elements that each region of a slice is a multiple of, so that every view of it is aligned."""
+from phalanx.parallel.zero.slices import Entry, Slices
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One parameter in a slice."""
-
-    shape: tuple[int, ...]
-    """Of the whole (of this tensor-parallel rank)."""
-    chunk_rows: int
-    """Rows of a full slice."""
-    row_numel: int
-    """Elements of a row."""
-    offset: int
-    """Where it begins in a slice."""
-
-    @property
-    def chunk(self) -> int:
-        """Elements of a full slice."""
-        return self.chunk_rows * self.row_numel
-
-    def rows_of(self, slice_index: int) -> int:
-        """Rows that a slice really holds."""
-        return min(max(self.shape[0] - slice_index * self.chunk_rows, 0), self.chunk_rows)
-
-
-class SliceLayout:
+class SliceLayout(Slices):
     """The slices of one unit, over R nodes x L ranks."""
 
     def __init__(
         self, shapes: Sequence[tuple[int, ...]], *, across: int, local: int, block: int = 1
     ) -> None:
         """`shapes` have a dim 0; `block`: elements of a quantization block, 1 for none."""
+        super().__init__(shapes, num_slices=across * local, block=block)
         self.across, self.local = across, local
-        self.num_slices = across * local
-        self.entries: list[Entry] = [None] * len(shapes)  # type: ignore[list-item]
-        offset = 0
-        for is_vector in (False, True):
-            for index, shape in enumerate(shapes):
-                if (len(shape) < 2) is not is_vector:
-                    continue
-                rows, row_numel = -(-shape[0] // self.num_slices), prod(shape[1:])
-                self.entries[index] = Entry(
-                    shape=shape, chunk_rows=rows, row_numel=row_numel, offset=offset
-                )
-                offset += rows * row_numel if is_vector else _up(rows * row_numel, block)
-            offset = _up(offset, ALIGNMENT if is_vector else lcm(block, ALIGNMENT))
-            if not is_vector:
-                self.matrix_numel = offset
-                """Elements of a slice that may be quantized, from its beginning on."""
-        self.numel = offset
-        """Elements of a slice, padding counted."""
 
     def fill_slice(self, parts: Sequence[Tensor], out: Tensor) -> None:
         """Copy (and cast) this rank's part of every parameter into its slice (N,); zeros between.
@@ -152,7 +105,3 @@ class SliceLayout:
 
 def _by_offset(pair: tuple[Entry, Tensor]) -> int:
     return pair[0].offset
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -18,55 +18,19 @@ Wire: a row's codes, then its scales, each filled up with zeros to 16 bytes. int
 and i + block / 2 of a block into byte i of it, as 16 * second + first in a signed byte.
 """
 
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from phalanx.parallel.zero.config import Quantization
+from phalanx.parallel.zero.slices import BlockFormat
 
-ALIGNMENT = 16
-"""Bytes that codes and scales of a row are filled up to."""
 LARGEST = {Quantization.int8: 127.0, Quantization.int4: 7.0, Quantization.fp8: 448.0}
 """Value of the largest code; fp8 is e4m3 without infinities."""
 SCALE_BITS = -128
 """Of an fp32: sign, exponent and the first 16 of the 23 bits behind the point."""
 LEAST_SCALE = 2.0**-120
-
-
-@dataclass(frozen=True)
-class BlockFormat:
-    """Number format of codes, and how many of them share a scale."""
-
-    kind: Quantization
-    """int8, int4 or fp8."""
-    block: int
-    """Elements; even for int4."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in LARGEST:
-            raise ValueError(f"kind={self.kind.name}: choose one of {_names(LARGEST)}")
-        if self.block < 1 or (self.kind is Quantization.int4 and self.block % 2):
-            raise ValueError(f"block={self.block}: needs a positive number, for int4 an even one")
-
-    def code_bytes(self, numel: int) -> int:
-        """Bytes of the codes of `numel` elements, before they are filled up."""
-        return numel // 2 if self.kind is Quantization.int4 else numel
-
-    def scales_at(self, numel: int) -> int:
-        """Byte of a row of `numel` elements at which its scales begin."""
-        return _aligned(self.code_bytes(numel))
-
-    def wire_bytes(self, numel: int) -> int:
-        """Bytes of a row of `numel` elements.
-
-        Raises:
-            ValueError: `numel` is no multiple of `block`.
-        """
-        if numel % self.block:
-            raise ValueError(f"{numel} elements: no multiple of block={self.block}")
-        return self.scales_at(numel) + _aligned(4 * (numel // self.block))
 
 
 @torch.no_grad()
@@ -165,11 +129,3 @@ def _backend(tensor: Tensor) -> ModuleType:
     from phalanx.parallel.zero import quantize_torch
 
     return quantize_torch
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _names(kinds: dict[Quantization, float]) -> str:
-    return ", ".join(kind.name for kind in kinds)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from phalanx.parallel.zero.config import Quantization
-from phalanx.parallel.zero.quantize import LARGEST, LEAST_SCALE, SCALE_BITS, BlockFormat
+from phalanx.parallel.zero.quantize import LARGEST, LEAST_SCALE, SCALE_BITS
+from phalanx.parallel.zero.slices import BlockFormat
 
 SLICE = 1 << 18
 """Elements that pass through the operators at a time."""

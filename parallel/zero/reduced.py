@@ -10,34 +10,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from phalanx.parallel.zero.collectives import Hop, Lane, Steps, Transfer
-from phalanx.parallel.zero.gathered import Dtypes
-from phalanx.parallel.zero.groups import Groups
+from phalanx.parallel.zero.collectives import Hop, Steps, Transfer
 from phalanx.parallel.zero.parameter import UnitParameter
 from phalanx.parallel.zero.partition import Extent
+from phalanx.parallel.zero.settings import Settings
 from phalanx.parallel.zero.wire import Wire
 
 
 class Reduced:
     """Gradients of one unit, on their way from whole ones to the masters'."""
 
-    def __init__(
-        self,
-        params: Sequence[UnitParameter],
-        wire: Wire,
-        *,
-        groups: Groups,
-        extent: Extent,
-        dtypes: Dtypes,
-        lane: Lane,
-        device: torch.device,
-        error_feedback: bool,
-    ) -> None:
-        """`extent`: the ranks that divide gradients between microbatches."""
-        self._params, self._wire, self._groups = params, wire, groups
-        self._extent, self._dtypes, self._lane, self._device = extent, dtypes, lane, device
+    def __init__(self, params: Sequence[UnitParameter], wire: Wire, settings: Settings) -> None:
+        self._params, self._wire, self._groups = params, wire, settings.groups
+        self._dtypes, self._device = settings.dtypes, settings.device
+        self._lane, self._extent = settings.grad_lane, settings.config.extents.grads
         self._learns = any(param.sharded.requires_grad for param in params)
-        self._error_feedback = error_feedback and wire.is_quantized
+        self._error_feedback = settings.config.error_feedback and wire.is_quantized
         self._residuals: dict[str, Tensor] = {}
         self._summed: Tensor | None = None
         """Over microbatches, as far as the extent lets each be reduced."""
@@ -47,6 +35,11 @@ class Reduced:
     def holds_any(self) -> bool:
         """Whether gradients were taken up that the masters do not have yet."""
         return self._summed is not None or bool(self._transfers)
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """Nodes, and ranks of each, that slices are cut over."""
+        return self._wire.layout.across, self._wire.layout.local
 
     def residuals(self) -> dict[str, Tensor]:
         """What rounding took from gradients so far, by hop, (rows, matrices) in the reduction's

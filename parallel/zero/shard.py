@@ -15,9 +15,9 @@ from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.plan import ModelPlan, ShardUnit
 from phalanx.parallel.zero.collectives import Lane
 from phalanx.parallel.zero.config import Offload, ZeroConfig
-from phalanx.parallel.zero.gathered import Dtypes
 from phalanx.parallel.zero.groups import zero_groups
-from phalanx.parallel.zero.unit import Settings, Unit, cut_parameters
+from phalanx.parallel.zero.settings import Dtypes, Settings
+from phalanx.parallel.zero.unit import Unit, cut_parameters
 
 
 class Sharder:
@@ -165,11 +165,12 @@ class _Hooks:
             )
         return args, kwargs
 
-    def _after_forward(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._unit.keep_gathered:
             self._unit.gathered.free()
-        if output.requires_grad:
-            output.register_hook(self._before_backward)
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(self._before_backward)
 
     def _before_backward(self, grad: Tensor) -> None:
         self._sharding.enter_backward()

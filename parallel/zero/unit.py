@@ -5,33 +5,19 @@ with whole parameters, whose memory is there from a gather to the next free.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from phalanx.parallel.zero.collectives import Lane
-from phalanx.parallel.zero.config import Quantization, ZeroConfig
-from phalanx.parallel.zero.gathered import Dtypes, Gathered
+from phalanx.parallel.zero.config import Quantization
+from phalanx.parallel.zero.gathered import Gathered
 from phalanx.parallel.zero.groups import Groups
 from phalanx.parallel.zero.layout import SliceLayout
 from phalanx.parallel.zero.parameter import UnitParameter, shard_parameter
-from phalanx.parallel.zero.quantize import BlockFormat
 from phalanx.parallel.zero.reduced import Reduced
+from phalanx.parallel.zero.settings import Settings
+from phalanx.parallel.zero.slices import block_format
 from phalanx.parallel.zero.wire import Wire
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the units of a rank share."""
-
-    config: ZeroConfig
-    groups: Groups
-    dtypes: Dtypes
-    device: torch.device
-    """Where modules compute."""
-    param_lane: Lane
-    grad_lane: Lane
 
 
 class Unit:
@@ -51,25 +37,10 @@ class Unit:
         self.keep_gathered = keep_gathered
         self.unused_in_backward = unused_in_backward
         config, dtypes = settings.config, settings.dtypes
-        self.gathered = Gathered(
-            params,
-            _wire(params, settings, dtypes.compute, config.quantize_weights),
-            groups=settings.groups,
-            extent=config.extents.params,
-            dtypes=dtypes,
-            lane=settings.param_lane,
-            device=settings.device,
-        )
-        self.reduced = Reduced(
-            params,
-            _wire(params, settings, dtypes.reduce, config.quantize_gradients),
-            groups=settings.groups,
-            extent=config.extents.grads,
-            dtypes=dtypes,
-            lane=settings.grad_lane,
-            device=settings.device,
-            error_feedback=config.error_feedback,
-        )
+        weights = _wire(params, settings, dtypes.compute, config.quantize_weights)
+        self.gathered = Gathered(params, weights, settings)
+        grads = _wire(params, settings, dtypes.reduce, config.quantize_gradients)
+        self.reduced = Reduced(params, grads, settings)
 
 
 def cut_parameters(
@@ -97,15 +68,12 @@ def cut_parameters(
 def _wire(
     params: Sequence[UnitParameter], settings: Settings, dtype: torch.dtype, kind: Quantization
 ) -> Wire:
-    block, fmt = 1, None
-    if kind is not Quantization.none:
-        block = settings.config.block_size
-        fmt = BlockFormat(kind, block)
+    fmt = block_format(kind, settings.config)
     groups = settings.groups
     layout = SliceLayout(
         [param.shape for param in params],
         across=groups.across.size,
         local=groups.local.size,
-        block=block,
+        block=1 if fmt is None else fmt.block,
     )
     return Wire(layout, dtype, fmt)

@@ -17,7 +17,7 @@ from torch import Tensor
 from phalanx.parallel.zero.config import PartitionConfig, Quantization, ZeroConfig
 from phalanx.parallel.zero.layout import SliceLayout
 from phalanx.parallel.zero.partition import Extent
-from phalanx.parallel.zero.quantize import BlockFormat
+from phalanx.parallel.zero.slices import BlockFormat
 from tests.bare import FP32, Job, same, work
 from tests.quantized import LARGEST, adversarial, largest_error
 from tests.quantized import reference as rounded

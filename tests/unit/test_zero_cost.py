@@ -8,11 +8,11 @@ from torch import nn
 
 from phalanx.parallel.comm_meter import Traffic
 from phalanx.parallel.zero.config import Offload, PartitionConfig, Quantization, ZeroConfig
-from phalanx.parallel.zero.cost import Formats, Held, Shape, SliceSizes, UnitShapes, held, sent
+from phalanx.parallel.zero.cost import Formats, Held, Shape, UnitShapes, held, sent
 from phalanx.parallel.zero.layout import SliceLayout
 from phalanx.parallel.zero.partition import Extent, Partition
 from phalanx.parallel.zero.places import place_of
-from phalanx.parallel.zero.quantize import BlockFormat
+from phalanx.parallel.zero.slices import BlockFormat, Slices, wire_bytes
 from phalanx.parallel.zero.wire import Wire
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.model.plan import plan_for
@@ -110,10 +110,11 @@ SHAPES = [
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize(("across", "local"), [(1, 1), (2, 2), (3, 1), (2, 5)])
 @pytest.mark.parametrize("block", [1, 8, 30, 256])
-def test_slices_are_the_engines(shapes: list[Shape], across: int, local: int, block: int) -> None:
+def test_wire_bytes_are_those_packed(
+    shapes: list[Shape], across: int, local: int, block: int
+) -> None:
     layout = SliceLayout(shapes, across=across, local=local, block=block)
-    sizes = SliceSizes(shapes, num_slices=across * local, block=block)
-    assert (sizes.matrix_numel, sizes.numel) == (layout.matrix_numel, layout.numel)
+    sizes = Slices(shapes, num_slices=across * local, block=block)
     for kind in Quantization:
         fmt = None
         if kind is not Quantization.none:
@@ -122,7 +123,8 @@ def test_slices_are_the_engines(shapes: list[Shape], across: int, local: int, bl
             fmt = BlockFormat(kind=kind, block=block)
         for dtype in (torch.float32, torch.bfloat16):
             wire = Wire(layout, dtype, fmt)
-            assert sizes.wire_bytes(kind, dtype.itemsize) == wire.nbytes, kind
+            packed = wire.pack(torch.zeros(1, layout.numel, dtype=dtype))
+            assert wire_bytes(sizes, fmt, dtype.itemsize) == packed.numel(), kind
 
 
 @pytest.mark.parametrize("tied", [False, True])

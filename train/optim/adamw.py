@@ -87,7 +87,6 @@ class AdamW:
         for name, shard in self._shards.items():
             parameter = self._parameters[name]
             grad = parameter.grad
-            # FSDP2 may move an unevenly cut shard to padded memory when it first runs.
             shard.data = local_of(parameter)
             shard.grad = None if grad is None else local_of(grad)
 
