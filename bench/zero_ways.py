@@ -44,13 +44,18 @@ def layout(config: Config, *, precision: PrecisionConfig, one_node: bool = False
     """The run with all ranks data-parallel, on bench.nodes nodes played by this machine.
 
     Raises:
-        ValueError: the launcher starts no ranks here, the batch does not divide, or there is no
-            data for it.
+        ValueError: the launcher starts no ranks here, zero says more than a block size, the batch
+            does not divide, or there is no data for it.
     """
     if config.launch.launcher is not Launcher.local:
         raise ValueError(
             f"launch.launcher={config.launch.launcher.name}: this bench plays nodes on one "
             "machine; use launch=local"
+        )
+    if config.zero != ZeroConfig(block_size=config.zero.block_size):
+        raise ValueError(
+            f"zero.stage={config.zero.stage}, {config.zero.extents}, ...: this bench compares "
+            "settings of its own; of zero.* it takes zero.block_size alone"
         )
     size = num_ranks(config)
     laid = replace(

@@ -11,7 +11,7 @@ def table(setting: Setting, found: Sequence[Way], memory: float | None) -> str:
     """A line for each way, under a line on the layout."""
     held_unit = _unit(max(way.held.on_device for way in found))
     sent_unit = _unit(max(max(way.total.inside, way.total.between) for way in found))
-    rows = [_titles(memory), *(_row(way, setting, memory, held_unit, sent_unit) for way in found)]
+    rows = [_titles(memory), *(_row(way, memory, held_unit, sent_unit) for way in found)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -26,12 +26,12 @@ def table(setting: Setting, found: Sequence[Way], memory: float | None) -> str:
 def _about(setting: Setting, held_unit: str, sent_unit: str) -> list[str]:
     degrees = " ".join(f"{axis}={size}" for axis, size in setting.degrees.items() if size > 1)
     nodes = -(-setting.world_size // setting.ranks_per_node)
-    whose = f"{setting.num_parameters:,} parameters"
+    whose = f"{setting.part.num_parameters:,} parameters"
     if setting.degrees["tp"] > 1:
         whose += " on a tensor-parallel rank"
     if setting.degrees["pp"] > 1:
-        whose += f" of pipeline rank {setting.pipeline_rank}, which holds most"
-    size, unit = setting.activations, _unit(setting.activations)
+        whose += f" of pipeline rank {setting.part.rank}, which needs most"
+    size, unit = setting.part.activations, _unit(setting.part.activations)
     return [
         f"{degrees or 'one rank'} on {_count(nodes, 'node', 's')} of {setting.ranks_per_node}, "
         f"{_count(setting.microbatches, 'microbatch', 'es')}",
@@ -50,13 +50,11 @@ def _titles(memory: float | None) -> tuple[str, ...]:
     return (*titles, *held, "inside", "between", *(("fits",) if memory is not None else ()))
 
 
-def _row(
-    way: Way, setting: Setting, memory: float | None, held_unit: str, sent_unit: str
-) -> tuple[str, ...]:
+def _row(way: Way, memory: float | None, held_unit: str, sent_unit: str) -> tuple[str, ...]:
     point, held = way.zero.extents, way.held
     states = held.masters + held.moments
     parts = (held.params, held.grads + held.feedback, held.working, held.on_device)
-    fits = () if memory is None else ("yes" if setting.fits(way, memory) else "no",)
+    fits = () if memory is None else ("yes" if way.needed <= memory else "no",)
     return (
         "*" if way.configured else "",
         point.params.name,
@@ -80,7 +78,7 @@ def _legend(memory: float | None) -> list[str]:
     ]
     if memory is not None:
         size = f"{_in(memory, _unit(memory))} {_unit(memory)}"
-        lines.append(f"fits: into {size}, activations counted.")
+        lines.append(f"fits: into {size}, activations counted, on every pipeline rank.")
     return lines
 
 

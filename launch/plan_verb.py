@@ -52,15 +52,15 @@ def figures(setting: Setting, found: Sequence[Way], memory: float | None) -> dic
         "ranks_per_node": setting.ranks_per_node,
         "degrees": setting.degrees,
         "microbatches": setting.microbatches,
-        "pipeline_rank": setting.pipeline_rank,
-        "parameters": setting.num_parameters,
-        "activations": setting.activations,
+        "pipeline_rank": setting.part.rank,
+        "parameters": setting.part.num_parameters,
+        "activations": setting.part.activations,
         "memory": memory,
-        "ways": [_figures_of(way, setting, memory) for way in found],
+        "ways": [_figures_of(way, memory) for way in found],
     }
 
 
-def _figures_of(way: Way, setting: Setting, memory: float | None) -> dict[str, Any]:
+def _figures_of(way: Way, memory: float | None) -> dict[str, Any]:
     point = way.zero.extents
     return {
         "name": way.name,
@@ -71,5 +71,6 @@ def _figures_of(way: Way, setting: Setting, memory: float | None) -> dict[str, A
         "configured": way.configured,
         "held": asdict(way.held) | {"on_device": way.held.on_device},
         "sent": {kind: asdict(traffic) for kind, traffic in way.sent.items()},
-        "fits": None if memory is None else setting.fits(way, memory),
+        "needed": way.needed,
+        "fits": None if memory is None else way.needed <= memory,
     }

@@ -23,6 +23,7 @@ from phalanx.launch.hydra_app import Job, json_option, run
 from phalanx.launch.plan_flags import OPTIONS as PLAN_OPTIONS
 from phalanx.launch.schedule_flags import OPTIONS
 from phalanx.launch.start import launch
+from phalanx.parallel.zero.partition import data_ranks_per_node
 from phalanx.train.config import Config, Launcher
 from phalanx.train.resume import check_resume
 
@@ -215,7 +216,7 @@ def _train(job: Job) -> None:
         check_resume(config)
     if place is None or place.rank == 0:
         _write_config(config, folder)
-        for note in config.notes(num_nodes=_num_nodes(config)):
+        for note in _known_device(config).notes(num_nodes=_num_nodes(config)):
             print(f"phalanx: note: {note}", file=sys.stderr)
     if config.launch.launcher is Launcher.torchrun and place is None:
         from phalanx.launch.torchrun import run_torchrun
@@ -231,10 +232,23 @@ def _train(job: Job) -> None:
     )
 
 
+def _known_device(config: Config) -> Config:
+    """launch.device=auto as it will be decided; where Ray decides, as it is."""
+    if config.launch.launcher is Launcher.ray:
+        return config
+    with user_input():
+        return _on_one_device(config, world_size(config))
+
+
 def _num_nodes(config: Config) -> int | None:
-    """Nodes of the run; None where Ray is free to choose."""
+    """Nodes that a model's shards lie on; None where Ray is free to choose, or nodes differ."""
     per_node = ranks_per_node(config)
-    return None if per_node is None else world_size(config) // per_node
+    if per_node is None:
+        return None
+    degrees = config.parallel.sized(world_size(config))
+    shards = degrees["dp_shard"]
+    here = data_ranks_per_node(shards, degrees["tp"], per_node)
+    return None if here is None else shards // here
 
 
 def _write_config(config: Config, folder: Path) -> None:

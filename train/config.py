@@ -314,7 +314,7 @@ class Config:
     def notes(self, *, num_nodes: int | None = None) -> list[str]:
         """Settings that do something else than their name says in this layout, or nothing.
 
-        `num_nodes`: of the run; None where nobody knows yet.
+        `num_nodes`: that a model's shards lie on; None where nobody knows yet.
         """
         notes = []
         warmup, steps = self.optim.lr.warmup_steps, self.training.steps

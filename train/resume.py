@@ -11,8 +11,12 @@ from typing import Any
 
 from phalanx.checkpoint.folders import complete_folders
 from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest, read_manifest
+from phalanx.parallel.zero.config import ZeroConfig
 from phalanx.train.config import Config
 from phalanx.train.optim.config import OptimizerName
+
+ROUNDING = ("quantize_weights", "quantize_gradients", "error_feedback")
+"""Settings of `zero` that change what is computed; the others say where."""
 
 KIND = "training"
 """meta["kind"] of a checkpoint that a run can go on from; "weights" holds parameters alone."""
@@ -70,11 +74,17 @@ def changed_settings(meta: dict[str, Any], config: Config) -> list[str]:
     """
     before, now = meta.get("config", {}), plain_settings(config)
     sections: Iterable[str] = ("training", "data", "model", "optim", "precision")
-    return [
+    changed = [
         f"{section}.{key}: {old!r} -> {now[section].get(key)!r}"
         for section in sections
         for key, old in before.get(section, {}).items()
         if now[section].get(key) != old and key not in ("prefetch", "eval_every", "eval_batches")
+    ]
+    rounded = _plain(asdict(ZeroConfig())) | before.get("zero", {})
+    return changed + [
+        f"zero.{key}: {rounded[key]!r} -> {now['zero'][key]!r}"
+        for key in ROUNDING
+        if now["zero"][key] != rounded[key]
     ]
 
 

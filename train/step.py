@@ -177,7 +177,8 @@ class Engine:
                 # A stage's copy of a tied weight has no name of its own.
                 owner = names.get(id(unit.params[0].sharded), f"stage{stage}")
                 for hop, residual in unit.reduced.residuals().items():
-                    where = "x".join(map(str, (*unit.reduced.cut, *residual.shape)))
+                    block = self.config.zero.block_size
+                    where = "x".join(map(str, (*unit.reduced.cut, *residual.shape, block)))
                     tensors[f"residual.{rank}.{owner}.{hop}.{where}"] = residual
         return tensors
 

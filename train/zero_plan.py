@@ -1,10 +1,12 @@
 """What each way to divide the configured model would cost a rank: memory, and bytes sent in a step.
 
-Of the pipeline rank that holds most, where there are several. Torch-free, and no rank is started.
+Of the pipeline rank that needs most memory, where there are several. Torch-free, and no rank is
+started.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 from phalanx.parallel.comm_meter import Traffic
@@ -29,6 +31,8 @@ class Way:
     name: str
     zero: ZeroConfig
     held: Held
+    needed: float
+    """Most bytes that a rank of any pipeline rank needs, activations counted."""
     sent: dict[str, Traffic]
     """By kind; the mean over a node's ranks."""
     configured: bool
@@ -43,18 +47,11 @@ class Way:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What the ways have in common."""
+class Part:
+    """What one pipeline rank holds."""
 
-    config: Config
-    world_size: int
-    ranks_per_node: int
-    degrees: dict[str, int]
-    microbatches: int
-    pipeline_rank: int
-    """The one that is looked at."""
+    rank: int
     units: list[UnitShapes]
-    """That it holds."""
     activations: float
     """Bytes that it keeps for backward passes, by estimate."""
 
@@ -63,9 +60,33 @@ class Setting:
         """That one of its ranks computes with."""
         return sum(unit.count * unit.numel for unit in self.units)
 
-    def fits(self, way: "Way", memory: float) -> bool:
-        """Whether `memory` bytes of a rank are enough, activations counted."""
-        return way.held.on_device + self.activations <= memory
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the ways have in common."""
+
+    config: Config
+    world_size: int
+    ranks_per_node: int
+    degrees: dict[str, int]
+    microbatches: int
+    parts: list[Part]
+    """Of each pipeline rank."""
+
+    @cached_property
+    def part(self) -> Part:
+        """The pipeline rank that is looked at: which needs most memory as configured."""
+        return max(self.parts, key=lambda part: _needed(self, part, self.config.zero))
+
+    @property
+    def formats(self) -> Formats:
+        """Bytes of the configured number formats."""
+        precision = self.config.precision
+        return Formats(
+            params=BYTES[precision.params],
+            compute=BYTES[precision.compute],
+            reduce=BYTES[precision.reduce],
+        )
 
 
 def setting_of(config: Config, *, world_size: int, ranks_per_node: int) -> Setting:
@@ -77,16 +98,13 @@ def setting_of(config: Config, *, world_size: int, ranks_per_node: int) -> Setti
     degrees = config.parallel.sized(world_size)
     microbatches = config.num_microbatches(world_size)
     config.check_nodes(world_size, ranks_per_node)
-    part = _heaviest(config, microbatches)
     return Setting(
         config=config,
         world_size=world_size,
         ranks_per_node=ranks_per_node,
         degrees=degrees,
         microbatches=microbatches,
-        pipeline_rank=part.rank,
-        units=part.units,
-        activations=part.activations,
+        parts=_parts(config, microbatches),
     )
 
 
@@ -155,40 +173,53 @@ def _essence(zero: ZeroConfig) -> tuple[object, ...]:
 
 def _way(setting: Setting, name: str, zero: ZeroConfig) -> Way:
     config, degrees = setting.config, setting.degrees
-    formats = Formats(
-        params=BYTES[config.precision.params],
-        compute=BYTES[config.precision.compute],
-        reduce=BYTES[config.precision.reduce],
-    )
     span = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["tp"]
-    first = setting.pipeline_rank * span
     per_node = setting.ranks_per_node
     if data_ranks_per_node(degrees["dp_shard"], degrees["tp"], per_node) is None:
         looked_at = span
     else:  # every node looks like the first one
         looked_at = min(span, per_node)
-    places = [place_of(rank, degrees, per_node, zero) for rank in range(first, first + looked_at)]
+    first = setting.part.rank * span
     by_rank = [
-        sent(setting.units, zero, formats, place, microbatches=setting.microbatches)
-        for place in places
+        sent(
+            setting.part.units,
+            zero,
+            setting.formats,
+            place_of(rank, degrees, per_node, zero),
+            microbatches=setting.microbatches,
+        )
+        for rank in range(first, first + looked_at)
     ]
-
-    def moments(shape: Shape, rows: int) -> int:
-        return moment_bytes(config.optim.name, shape, rows, size=formats.params)
-
     return Way(
         name=name,
         zero=zero,
-        held=held(
-            setting.units,
-            zero,
-            formats,
-            places[0],
-            microbatches=setting.microbatches,
-            moments=moments,
-        ),
+        held=_held(setting, setting.part, zero),
+        needed=max(_needed(setting, part, zero) for part in setting.parts),
         sent=_mean(by_rank),
         configured=_essence(zero) == _essence(config.zero),
+    )
+
+
+def _needed(setting: Setting, part: Part, zero: ZeroConfig) -> float:
+    return _held(setting, part, zero).on_device + part.activations
+
+
+def _held(setting: Setting, part: Part, zero: ZeroConfig) -> Held:
+    """By the first rank of a pipeline rank, whose slices are the largest."""
+    degrees = setting.degrees
+    span = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["tp"]
+    formats, name = setting.formats, setting.config.optim.name
+
+    def moments(shape: Shape, rows: int) -> int:
+        return moment_bytes(name, shape, rows, size=formats.params)
+
+    return held(
+        part.units,
+        zero,
+        formats,
+        place_of(part.rank * span, degrees, setting.ranks_per_node, zero),
+        microbatches=setting.microbatches,
+        moments=moments,
     )
 
 
@@ -213,25 +244,12 @@ def moment_bytes(name: OptimizerName, shape: Shape, rows: int, *, size: int) -> 
     return 2 * (numel // block) * (FORMATS[name].code_bytes(block) + 4)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """What one pipeline rank holds."""
-
-    rank: int
-    units: list[UnitShapes]
-    activations: float
-
-    @property
-    def numel(self) -> int:
-        return sum(unit.count * unit.numel for unit in self.units)
-
-
-def _heaviest(config: Config, microbatches: int) -> _Part:
-    """The pipeline rank with the most parameters."""
+def _parts(config: Config, microbatches: int) -> list[Part]:
+    """Of each pipeline rank."""
     whole = [range(config.model.num_layers)]
     if config.parallel.pp == 1:
         activations = estimated_memory(config, whole).f[0]
-        return _Part(rank=0, units=_units(config, whole), activations=activations)
+        return [Part(rank=0, units=_units(config, whole), activations=activations)]
     if config.pipeline.schedule == "auto":  # without its search
         placement, schedule = auto_placements(config)[0], None
         cuts = stage_cuts(config, placement)
@@ -245,8 +263,8 @@ def _heaviest(config: Config, microbatches: int) -> _Part:
             activations = memory_limit(config, microbatches)
         else:
             activations = max(estimated_memory(config, cuts).after(schedule.orders[rank]))
-        parts.append(_Part(rank=rank, units=_units(config, mine), activations=activations))
-    return max(parts, key=lambda part: part.numel)
+        parts.append(Part(rank=rank, units=_units(config, mine), activations=activations))
+    return parts
 
 
 def _units(config: Config, parts: list[range]) -> list[UnitShapes]:

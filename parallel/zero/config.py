@@ -178,21 +178,23 @@ class ZeroConfig:
     def notes(self, num_nodes: int | None) -> list[str]:
         """Settings that do something else than their name says, where several ranks share a model.
 
-        `num_nodes`: of the run; None where nobody knows yet.
+        `num_nodes`: that a model's shards lie on; None where nobody knows yet.
         """
         notes, given, point = [], vars(self.partition), self.extents
         if self.stage != ZeroConfig().stage and all(given.values()):
             notes.append(f"zero.stage={self.stage}: no effect, zero.partition says everything")
         if num_nodes == 1:
             notes += [
-                f"zero.partition.{part}=node: the same as all, with one node"
+                f"zero.partition.{part}=node: the same as all, for one node holds all "
+                "of a model's shards"
                 for part, extent in given.items()
                 if extent is Extent.node
             ]
             if self.secondary_shard:
                 notes.append(
-                    f"zero.secondary_shard={self.secondary_shard}: with one node there is nothing "
-                    "between nodes to save; launch.emulate_nodes=true plays several"
+                    f"zero.secondary_shard={self.secondary_shard}: one node holds all of a model's "
+                    "shards, so that there is nothing between nodes to save; "
+                    "launch.emulate_nodes=true plays several"
                 )
         if self.quantize_weights is not Quantization.none and point.params is Extent.none:
             notes.append(

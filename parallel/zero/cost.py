@@ -78,8 +78,8 @@ class Held:
 
 def sizes_of(unit: UnitShapes, config: ZeroConfig, num_slices: int, kind: Quantization) -> Slices:
     """How a unit is cut for what travels as `kind`."""
-    block = 1 if kind is Quantization.none else config.block_size
-    return Slices(unit.shapes, num_slices=num_slices, block=block)
+    fmt = block_format(kind, config, num_slices)
+    return Slices(unit.shapes, num_slices=num_slices, block=1 if fmt is None else fmt.block)
 
 
 def sent(
@@ -101,7 +101,7 @@ def sent(
         meter.exchanged("params", place.local, weights * uses * nodes)
         sizes = sizes_of(unit, config, place.num_slices, config.quantize_gradients)
         grads = unit.count * wire_bytes(
-            sizes, block_format(config.quantize_gradients, config), formats.reduce
+            sizes, block_format(config.quantize_gradients, config, place.num_slices), formats.reduce
         )
         inside = 1 if point.grads is Extent.none else microbatches
         outside = microbatches if point.grads is Extent.all else 1
@@ -145,7 +145,9 @@ def held(
 def _weight_wire(unit: UnitShapes, config: ZeroConfig, formats: Formats, place: Place) -> int:
     """Bytes of a rank's slice of a unit's parameters, as it travels."""
     sizes = sizes_of(unit, config, place.num_slices, config.quantize_weights)
-    return wire_bytes(sizes, block_format(config.quantize_weights, config), formats.compute)
+    return wire_bytes(
+        sizes, block_format(config.quantize_weights, config, place.num_slices), formats.compute
+    )
 
 
 def _kept_params(unit: UnitShapes, config: ZeroConfig, formats: Formats, place: Place) -> int:

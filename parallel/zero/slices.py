@@ -100,9 +100,11 @@ class BlockFormat:
         return self.scales_at(numel) + up(4 * (numel // self.block), ALIGNMENT)
 
 
-def block_format(kind: Quantization, config: ZeroConfig) -> BlockFormat | None:
-    """The format that `kind` names; None for none."""
-    return None if kind is Quantization.none else BlockFormat(kind, config.block_size)
+def block_format(kind: Quantization, config: ZeroConfig, num_slices: int) -> BlockFormat | None:
+    """The format that values travel in; None for plain numbers, and where nothing travels."""
+    if kind is Quantization.none or num_slices == 1:
+        return None
+    return BlockFormat(kind, config.block_size)
 
 
 def wire_bytes(slices: Slices, fmt: BlockFormat | None, itemsize: int) -> int:

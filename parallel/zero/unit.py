@@ -68,7 +68,7 @@ def cut_parameters(
 def _wire(
     params: Sequence[UnitParameter], settings: Settings, dtype: torch.dtype, kind: Quantization
 ) -> Wire:
-    fmt = block_format(kind, settings.config)
+    fmt = block_format(kind, settings.config, settings.groups.num_slices)
     groups = settings.groups
     layout = SliceLayout(
         [param.shape for param in params],

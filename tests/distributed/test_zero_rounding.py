@@ -1,6 +1,7 @@
 """Training with quantized collectives: close to exact in every layout, and infinities reported."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -13,15 +14,16 @@ from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.config import PartitionConfig, Quantization, ZeroConfig
 from phalanx.parallel.zero.parameter import UnitParameter
 from phalanx.parallel.zero.partition import Extent, Partition
-from phalanx.train.config import PrecisionConfig
+from phalanx.train.config import Precision, PrecisionConfig
 from phalanx.train.step import Engine
-from tests.small import rank_batch
+from tests.small import make_config, make_engine, rank_batch
 from tests.zero import Case, at, case, compared, references
 
 WORLD = 4
 INT8, INT4, FP8 = Quantization.int8, Quantization.int4, Quantization.fp8
 NONE, NODE, ALL = Extent
 FP32 = PrecisionConfig()
+BF16 = PrecisionConfig(compute=Precision.bf16)
 ZERO_3 = Partition(ALL, ALL, ALL)
 ZERO_PP = ZeroConfig(
     secondary_shard=2,
@@ -187,3 +189,21 @@ def test_what_is_not_finite_is_reported_by_name(run_ranks: Callable[..., list[An
         assert "loss=nan" not in gradient
         assert f"weights not finite in: {NAME}; gradients" in weight
         assert "loss=nan" in weight
+
+
+def losses_of_one_slice(ranks: Ranks) -> list[float]:
+    """Of a step in bf16 by copies of the whole model, plain and with every format asked for."""
+    found = []
+    with process_group(ranks):
+        for kind in (Quantization.none, Quantization.int4):
+            zero = ZeroConfig(quantize_weights=kind, quantize_gradients=kind)
+            config = replace(make_config(dp_replicate=2, dp_shard=1, precision=BF16), zero=zero)
+            engine = make_engine(ranks, config)
+            gradients = engine.gradients(rank_batch(engine))
+            found += [gradients.loss, gradients.norm]
+    return found
+
+
+def test_nothing_is_rounded_where_nothing_travels(run_ranks: Callable[..., list[Any]]) -> None:
+    for loss, norm, *rounded in run_ranks(losses_of_one_slice, world_size=2):
+        assert rounded == [loss, norm]

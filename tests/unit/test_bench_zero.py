@@ -58,6 +58,7 @@ def test_ranks_are_laid_out_as_nodes_and_as_one(monkeypatch: pytest.MonkeyPatch)
             Config(training=TrainingConfig(global_batch_size=6)),
             ("training.global_batch_size=6", "4 data-parallel ranks"),
         ),
+        (Config(zero=ZeroConfig(stage=2)), ("zero.stage=2", "zero.block_size alone")),
         (Config(data=DataConfig(dir="nowhere")), ("data.dir=nowhere", "phalanx data prepare")),
     ],
 )

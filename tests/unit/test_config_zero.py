@@ -191,7 +191,7 @@ def test_a_node_that_is_all_nodes_is_noted() -> None:
         "zero.partition.grads=node",
     ]
     [secondary] = notes(num_nodes=1, secondary_shard=2)
-    assert secondary.startswith("zero.secondary_shard=2: with one node")
+    assert secondary.startswith("zero.secondary_shard=2: one node holds all")
     assert notes(num_nodes=1) == []
 
 

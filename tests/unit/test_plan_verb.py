@@ -102,6 +102,19 @@ def test_a_large_cluster_is_planned_on_any_machine(capsys: Captured) -> None:
     assert len(rows(out)) == 13
 
 
+def test_what_fits_holds_for_every_pipeline_rank() -> None:
+    """Under 1F1B the first rank keeps most activations, though the last has a norm more."""
+    overrides = ["parallel.pp=2", "parallel.dp_shard=2", "pipeline.layers_per_stage=[3,3]"]
+    overrides.append("model.num_layers=6")
+    setting = setting_of(compose(overrides), world_size=4, ranks_per_node=4)
+    first, last = setting.parts
+    assert first.activations > last.activations
+    assert first.num_parameters < last.num_parameters
+    assert setting.part is first
+    for way in ways(setting):
+        assert way.needed == way.held.on_device + first.activations
+
+
 def test_points_that_nodes_do_not_allow_are_left_out() -> None:
     config = compose(["parallel.pp=1", "parallel.dp_shard=3", "training.global_batch_size=24"])
     found = ways(setting_of(config, world_size=3, ranks_per_node=2))

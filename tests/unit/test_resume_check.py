@@ -11,10 +11,11 @@ import pytest
 from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.checkpoint.folders import folder_name
 from phalanx.checkpoint.manifest import new_manifest, write_manifest
-from phalanx.launch import hydra_app, verbs
+from phalanx.launch import env, hydra_app, verbs
 from phalanx.launch.cli import main
+from phalanx.parallel.zero.config import Quantization, ZeroConfig
 from phalanx.train.config import Config, TrainingConfig
-from phalanx.train.resume import KIND, check_resume, plain_settings
+from phalanx.train.resume import KIND, changed_settings, check_resume, plain_settings
 
 SIZES = {"seed": 1, "seq_len": 256, "global_batch_size": 16}
 REFUSED = [
@@ -113,3 +114,32 @@ def test_weights_alone_fit_any_samples_but_not_a_run_that_must_be_new(tmp_path: 
 def test_an_empty_folder_refuses_nothing(tmp_path: Path) -> None:
     check_resume(config_for(tmp_path / "none", resume=False))
     check_resume(config_for(tmp_path, resume=False))
+
+
+def test_what_rounds_differently_is_told() -> None:
+    """Layouts may change unsaid, but not what travels rounded."""
+    rounding = {"quantize_weights": Quantization.int8, "quantize_gradients": Quantization.int4}
+    quantized = Config(zero=ZeroConfig(error_feedback=True, **rounding))  # type: ignore[arg-type]
+    meta = {"config": plain_settings(quantized)}
+    assert changed_settings(meta, quantized) == []
+    assert changed_settings(meta, Config(zero=ZeroConfig(stage=1))) == [
+        "zero.quantize_weights: 'int8' -> 'none'",
+        "zero.quantize_gradients: 'int4' -> 'none'",
+        "zero.error_feedback: True -> False",
+    ]
+    del meta["config"]["zero"]["quantize_weights"]  # as saved before there was the setting
+    assert changed_settings(meta, quantized) == ["zero.quantize_weights: 'none' -> 'int8'"]
+
+
+def test_notes_know_the_device_that_auto_will_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verbs, "launch", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(hydra_app, "check", lambda _config: None)
+    monkeypatch.setattr(hydra_app, "warm_up", lambda: None)
+    monkeypatch.setattr(env, "gpu_count", lambda: 0)
+    assert main(["train", f"run.dir={tmp_path}", "zero.offload=cpu"]) == 0
+    assert "note: zero.offload=cpu: no effect" in capsys.readouterr().err
+    monkeypatch.setattr(env, "gpu_count", lambda: 4)
+    assert main(["train", f"run.dir={tmp_path}", "zero.offload=cpu"]) == 0
+    assert "offload" not in capsys.readouterr().err
