@@ -32,11 +32,6 @@ class Reduced:
         self._transfers: list[Transfer[None]] = []
 
     @property
-    def holds_any(self) -> bool:
-        """Whether gradients were taken up that the masters do not have yet."""
-        return self._summed is not None or bool(self._transfers)
-
-    @property
     def cut(self) -> tuple[int, int]:
         """Nodes, and ranks of each, that slices are cut over."""
         return self._wire.layout.across, self._wire.layout.local

@@ -264,7 +264,10 @@ class Watch:
                 sum(unit.gathered.ready for unit in units if unit.modules[0] in blocks),
                 sum(p.whole is not None and p.whole.grad is not None for p in params),
                 sum(p.sharded.grad is not None for p in params)
-                + sum(unit.reduced.holds_any for unit in units),
+                + sum(
+                    unit.reduced._summed is not None or bool(unit.reduced._transfers)
+                    for unit in units
+                ),
             )
         )
 
