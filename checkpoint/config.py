@@ -1,6 +1,92 @@
-"""When checkpoints are written and which are kept."""
+"""When checkpoints are written, where to, which are kept, and how snapshots are protected."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class SnapshotConfig:
+    """Copies of the run's whole state in the nodes' host memory, which outlive the ranks."""
+
+    every: int = 0
+    """Steps between snapshots; 0 = only where a checkpoint is due. 1 is meant to be affordable."""
+    parity: str = "none"
+    """What is added so that lost nodes' snapshots can be rebuilt: none; xor (any one node of a
+    group may be lost); rs(m) (any m of them). Memory grows by m / (nodes of a group - m)."""
+    group_size: int = 8
+    """Most nodes of a group; the job's nodes are divided into groups of nearly equal size."""
+    linger_s: float = 600.0
+    """Seconds that a snapshot stays in memory when all its ranks have died without a word."""
+    node_mtbf_h: float = 5000.0
+    """Mean hours between failures of one node, for the survival probability that is shown."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"checkpoint.snapshot.every={self.every}: must be 0 or more")
+        if self.group_size < 2:
+            raise ValueError(
+                f"checkpoint.snapshot.group_size={self.group_size}: must be at least 2"
+            )
+        if not 0 <= self.linger_s < float("inf"):
+            raise ValueError(
+                f"checkpoint.snapshot.linger_s={self.linger_s}: must be finite, 0 or more"
+            )
+        if not 0 < self.node_mtbf_h < float("inf"):
+            raise ValueError(
+                f"checkpoint.snapshot.node_mtbf_h={self.node_mtbf_h}: must be finite, above 0"
+            )
+        if self.num_parity >= self.group_size:
+            raise ValueError(
+                f"checkpoint.snapshot.parity={self.parity}: a group of "
+                f"checkpoint.snapshot.group_size={self.group_size} nodes would hold nothing else; "
+                f"use rs({self.group_size - 1}) or less, or larger groups"
+            )
+
+    @property
+    def num_parity(self) -> int:
+        """Nodes of a group that may be lost.
+
+        Raises:
+            ValueError: parity is none of its forms.
+        """
+        named = {"none": 0, "xor": 1}
+        if self.parity in named:
+            return named[self.parity]
+        match = re.fullmatch(r"rs\(\s*([1-9]\d*)\s*\)", self.parity)
+        if match is None:
+            raise ValueError(
+                f"checkpoint.snapshot.parity={self.parity}: must be none, xor, or rs(m) with the "
+                "number of nodes that may be lost, as rs(2)"
+            )
+        return int(match[1])
+
+
+@dataclass(kw_only=True)
+class StorageConfig:
+    """How the storage behind checkpoint.dir is used."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """What fsspec's file system of a URL takes, as {endpoint_url: https://...} for s3://."""
+    retries: int = 5
+    """Times that a failed request is tried again, after 0.5 s, 1 s, 2 s, ... up to 30 s."""
+    limit_mb_s: float = 0.0
+    """Most megabytes a second that a node writes; 0 = no limit."""
+    piece_mb: int = 16
+    """Megabytes of one request; what is tried again, or written anew after a break, is one."""
+
+    def __post_init__(self) -> None:
+        if self.retries < 0:
+            raise ValueError(f"checkpoint.storage.retries={self.retries}: must be 0 or more")
+        if not 0 <= self.limit_mb_s < float("inf"):
+            raise ValueError(
+                f"checkpoint.storage.limit_mb_s={self.limit_mb_s}: must be finite, 0 or more"
+            )
+        if not 5 <= self.piece_mb <= 1024:
+            raise ValueError(
+                f"checkpoint.storage.piece_mb={self.piece_mb}: must be between 5 (what S3 takes) "
+                "and 1024"
+            )
 
 
 @dataclass(kw_only=True)
@@ -8,7 +94,7 @@ class CheckpointConfig:
     """Durable checkpoints of parameters, optimizer states, data position, RNG and step."""
 
     dir: str = "${run.dir}/checkpoints"
-    """Folder of the checkpoints, shared by all nodes."""
+    """Folder of the checkpoints, seen by all nodes; or a URL that fsspec knows, as s3://..."""
     every: int = 0
     """Steps between checkpoints; 0 = none but the last (see save_last)."""
     save_last: bool = True
@@ -18,9 +104,13 @@ class CheckpointConfig:
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for ever; 0 = none."""
     async_save: bool = True
-    """Copy to host memory, then write in a background thread while training goes on."""
+    """Copy to host memory, then write in the background while training goes on."""
     resume: bool = True
-    """Start from the newest complete checkpoint in dir, where there is one."""
+    """Start from the newest complete checkpoint in dir or memory, where there is one."""
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
+    """Copies in host memory."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """The storage behind dir."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep", "keep_every"):
