@@ -1,65 +1,92 @@
-"""The folder of checkpoints: names, what is complete, what is kept, safe replacing and deleting.
+"""The folders of checkpoints: names, what is complete, what is kept, safe replacing and deleting.
 
 `step_00000100/` is the checkpoint of step 100, complete when it holds a manifest. While a complete
-one is saved anew, the old stands beside it as `step_00000100.replaced/` and still counts.
+one stands, the step is saved anew to `step_00000100.r1/`, then `.r2/`, ...: the highest complete
+one counts and the others go once it stands. Nothing is renamed, so that object stores do the same.
+Torch-free.
 """
 
 import re
-import shutil
 from collections.abc import Collection
-from pathlib import Path
 
 from phalanx.checkpoint.manifest import NAME as MANIFEST
-from phalanx.checkpoint.manifest import fsync_folder
+from phalanx.checkpoint.storage import Storage
 
-REPLACED = ".replaced"
-
-
-def folder_name(step: int) -> str:
-    """Name of the folder of a step."""
-    return f"step_{step:08d}"
+PATTERN = re.compile(r"step_(\d{8,})(?:\.r([1-9]\d*))?")
 
 
-def complete_folders(root: Path) -> dict[int, Path]:
-    """Folders that hold a manifest, by step, oldest first."""
-    found: dict[int, Path] = {}
-    for step, folder in sorted(_folders(root)):  # a .replaced one sorts after its successor
-        if (folder / MANIFEST).exists():
-            found.setdefault(step, folder)
-    return found
+def folder_name(step: int, *, revision: int = 0) -> str:
+    """Name of the folder of a step; `revision` counts how often it was saved anew."""
+    return f"step_{step:08d}" + (f".r{revision}" if revision else "")
 
 
-def prepare_folder(root: Path, step: int, *, broken: bool) -> Path:
-    """An empty folder to save `step` to; what stood there is moved aside while it is worth it.
+def step_folders(storage: Storage) -> list[tuple[int, str]]:
+    """Steps and names of all folders of checkpoints, complete or not; what counts stands last."""
+    matches = [PATTERN.fullmatch(name) for name in storage.names()]
+    found = sorted((int(match[1]), int(match[2] or 0), match[0]) for match in matches if match)
+    return [(step, name) for step, _, name in found]
 
-    Args:
-        broken: what stands there is known to be broken, so it is not kept.
+
+def is_complete(storage: Storage, folder: str) -> bool:
+    """Whether a folder holds a manifest."""
+    return storage.exists(f"{folder}/{MANIFEST}")
+
+
+def complete_folders(storage: Storage) -> dict[int, str]:
+    """Names of the folders that hold a manifest, by step, oldest first.
+
+    Raises:
+        OSError: the storage cannot be read.
     """
-    target = root / folder_name(step)
-    root.mkdir(parents=True, exist_ok=True)
-    if (target / MANIFEST).exists() and not broken:
-        aside = target.with_name(target.name + REPLACED)
-        _delete(aside)
-        target.rename(aside)
-    _delete(target)
-    target.mkdir()
-    fsync_folder(root)
+    return {step: name for step, name in step_folders(storage) if is_complete(storage, name)}
+
+
+def prepare_folder(storage: Storage, step: int) -> str:
+    """Name of an empty folder to save `step` to; leftovers of the step are deleted.
+
+    A complete checkpoint of the step stays until `prune`, be it broken: it may be repaired.
+
+    Raises:
+        OSError: the storage cannot be read, or a leftover cannot be deleted.
+    """
+    revision = 0
+    for name in (name for found, name in step_folders(storage) if found == step):
+        if is_complete(storage, name):
+            match = PATTERN.fullmatch(name)
+            assert match is not None
+            revision = int(match[2] or 0) + 1
+    target = folder_name(step, revision=revision)
+    storage.delete(target)  # leftovers, be they uploads that no listing shows
     return target
 
 
+def remove_folder(storage: Storage, name: str) -> None:
+    """Delete a folder, its manifest first: it never counts while half of it is gone.
+
+    Raises:
+        OSError: something could not be deleted.
+    """
+    storage.delete(f"{name}/{MANIFEST}")
+    storage.delete(name)
+
+
 def prune(
-    root: Path, *, saved: int, keep: int, keep_every: int, rejected: Collection[int]
+    storage: Storage, *, saved: int, keep: int, keep_every: int, rejected: Collection[int]
 ) -> tuple[list[str], list[str]]:
     """Delete what need not be kept, now that the checkpoint of step `saved` is complete.
 
     The newest `keep` (0 = all) are kept, those at multiples of `keep_every`, `saved` itself, and
-    step 0 (imported weights); rejected ones are not, and leftovers without a manifest go.
+    step 0 (imported weights); rejected ones are not, nor those that were saved anew. Folders
+    without a manifest go up to `saved`; beyond, they may be in the making.
 
     Returns:
         Names of the deleted folders, and why others could not be deleted.
+
+    Raises:
+        OSError: the storage cannot be read.
     """
-    complete = complete_folders(root)
-    good = sorted(step for step in complete if step not in rejected or step == saved)
+    complete = complete_folders(storage)
+    good = [step for step in complete if step not in rejected or step == saved]
     kept = {0, saved, *good[-keep:]}
     if keep_every:
         kept |= {step for step in good if step % keep_every == 0}
@@ -67,29 +94,13 @@ def prune(
         kept |= complete.keys()
     deleted: list[str] = []
     problems: list[str] = []
-    for step, folder in sorted(_folders(root)):
-        if step in kept and complete.get(step) == folder:
+    for step, name in step_folders(storage):
+        counts = complete.get(step) == name
+        if (counts and step in kept) or (step > saved and not is_complete(storage, name)):
             continue
         try:
-            _delete(folder)
-            deleted.append(folder.name)
+            remove_folder(storage, name)
+            deleted.append(name)
         except OSError as error:  # the new checkpoint stands; this only costs space
-            problems.append(f"{folder.name}: {error}")
+            problems.append(f"{name}: {error}")
     return deleted, problems
-
-
-def _folders(root: Path) -> list[tuple[int, Path]]:
-    if not root.is_dir():
-        return []
-    pattern = re.compile(rf"step_(\d{{8,}})({re.escape(REPLACED)})?")
-    matches = ((pattern.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
-    return [(int(match[1]), path) for match, path in matches if match]
-
-
-def _delete(folder: Path) -> None:
-    """Remove a folder, its manifest first, so that it never counts while half of it is gone."""
-    if not folder.exists():
-        return
-    (folder / MANIFEST).unlink(missing_ok=True)
-    fsync_folder(folder)
-    shutil.rmtree(folder)

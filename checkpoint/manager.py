@@ -1,113 +1,339 @@
-"""Durable checkpoints of a run: saved in one layout, loaded in any other, complete or not there.
+"""The checkpoints of a run: snapshots in host memory, written to storage where they are due.
 
-A save copies every tensor to host memory, writes through torch.distributed.checkpoint on a gloo
-group of its own, and commits with a manifest of the files' checksums; asynchronously, all but the
-copying happens in a background thread. Every method but `names` is collective: all ranks call it.
+Saved in one layout, loaded in any other; complete or not there. Everything goes one way: tensors to
+the memory of the node's holder (`snapshot`), from there to storage (`durable`); and back from
+whichever has the newest (`finding`), box by box (`reshard`).
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from phalanx.checkpoint.chunks import Chunk
+from phalanx.checkpoint.boxes import Boxes
 from phalanx.checkpoint.config import CheckpointConfig
-from phalanx.checkpoint.folders import complete_folders
-from phalanx.checkpoint.manifest import BrokenCheckpointError, check_files, read_manifest
+from phalanx.checkpoint.durable import Saved, write_durable
+from phalanx.checkpoint.epoch import Epoch, Place
+from phalanx.checkpoint.finding import Finder, Origin
+from phalanx.checkpoint.holder_client import HolderGone
+from phalanx.checkpoint.job import job_name, read_job
+from phalanx.checkpoint.monitoring import Monitor
+from phalanx.checkpoint.nodes import Node, find_node
 from phalanx.checkpoint.peers import CheckpointError, Peers
-from phalanx.checkpoint.planner import read_chunks, stored_tensors
-from phalanx.checkpoint.restore import check_fit
-from phalanx.checkpoint.staging import Stager
-from phalanx.checkpoint.write import Saved, write_checkpoint
+from phalanx.checkpoint.snapshot import Snapshots, Taken
+from phalanx.checkpoint.storage import open_storage
+from phalanx.parallel.ranks import Ranks
 
 EventSink = Callable[[str, dict[str, Any]], None]
+Wanted = Callable[[int, set[str], dict[str, Any]], Mapping[str, Tensor]]
+"""`wanted(step, names, meta)`: what to fill of a state that holds `names`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """A state that was loaded."""
+
+    step: int
+    meta: dict[str, Any]
+    from_memory: bool
+    saved_step: int | None
+    """Of the newest checkpoint in storage; None = there is none."""
 
 
 class CheckpointManager:
-    """Saves, chooses and loads the checkpoints of `config.dir`.
+    """Takes, saves, chooses and loads; methods are collective, all ranks call them alike.
 
     Args:
         on_event: called on rank 0, in the calling thread: "checkpoint_saved" (step, seconds, bytes,
-            deleted), "checkpoint_not_deleted" (step, reason), "checkpoint_rejected" (step, path,
-            reason), "checkpoint_cast" (step, names).
+            deleted), "checkpoint_failed" (step, reason), "checkpoint_not_deleted" (step, reason),
+            "checkpoint_rejected" (step, path, reason), "checkpoint_cast" (step, names),
+            "snapshot_opened" (groups, bytes), "snapshot_failed" (step, reason),
+            "snapshot_lost" (reason), "snapshot_rejected" (step, reason).
+        racks: failure domain of each node, see launch.racks.
     """
 
     def __init__(
-        self, config: CheckpointConfig, *, rank: int, world_size: int, on_event: EventSink
+        self,
+        config: CheckpointConfig,
+        *,
+        ranks: Ranks,
+        on_event: EventSink,
+        racks: Sequence[str] = (),
+        log_dir: Path | None = None,
     ) -> None:
         self._config = config
-        self._root = Path(config.dir)
-        self._peers = Peers(dist.new_group(backend="gloo"))
-        if (self._peers.rank, self._peers.size) != (rank, world_size):
-            raise ValueError(
-                f"rank={rank}, world_size={world_size}: the process group has rank "
-                f"{self._peers.rank} of {self._peers.size}"
-            )
         self._on_event = on_event
-        self._stager = Stager()
+        self._storage = open_storage(config.dir, config.storage)
+        self._peers = Peers(dist.new_group(backend="gloo"))
+        self._node = find_node(
+            self._peers,
+            ranks_per_node=ranks.ranks_per_node,
+            racks=racks,
+            store_host=_store_host(),
+        )
+        copying = dist.new_group(backend="gloo")
+        leaders = [self._node.ranks_of(number)[0] for number in range(self._node.count)]
+        writing = dist.new_group(leaders, backend="gloo")
+        self._leaders = Peers(writing) if self._node.leader else None
+        self._log_dir = log_dir
+        self._device = ranks.device
+        self._copying = copying
+        self._boxes = Boxes()
+        self._snapshots: Snapshots | None = None
+        self._place: Place | None = None
+        job = self._peers.agree("look for the run's name", self._read_job)[0]
+        if job is not None:
+            self._place = self._place_of(job)
+        self._finder = Finder(
+            self._storage, place=self._place, peers=self._peers, report=self._report
+        )
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: tuple[int, Future[Saved]] | None = None
-        self._verified: set[int] = set()
-        self._rejected: set[int] = set()
+        self._taking: list[tuple[int, Future[Taken]]] = []
+        self._saving: list[tuple[int, Future[Saved]]] = []
+        self._opened: list[Epoch] = []
+        self._failed: str | None = None
+        """Why the newest checkpoint that was asked for could not be saved."""
+        self.monitor = Monitor(config.snapshot)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> float:
-        """Save the checkpoint of `step`; asynchronously where the configuration says so.
+    # --- saving -----------------------------------------------------------------------------------
 
-        A save that still runs is waited for. Tensors may be changed once this returns. Where ranks
-        hold the same name, they hold parts or equal copies of one tensor. Rank 0's `meta` is kept.
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Start the holders and reserve their memory, so that what cannot work fails at once.
+
+        Raises:
+            CheckpointError: too little host memory, no storage, no holder; says which and how much.
+        """
+        self._started().prepare(self._boxes.of(tensors))
+        self._poll()
+
+    def snapshot(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        meta: Mapping[str, Any],
+        *,
+        eager: Mapping[str, Tensor] | None = None,
+        durable: bool = False,
+    ) -> float:
+        """Begin a snapshot of `step`, and with `durable` its way to storage.
+
+        Where ranks hold the same name, they hold parts or equal copies of one tensor. `tensors` may
+        change only after `before_update`; what is in `eager` may change at once.
 
         Returns:
             Seconds that the caller was blocked.
 
         Raises:
-            CheckpointError: this save (synchronous) or the one before it (asynchronous) failed.
+            ValueError: `meta` is not what JSON holds, or placements are not understood.
         """
         start = time.perf_counter()
-        self.wait()
-        staged: dict[str, Chunk] | Exception
-        try:
-            document = _as_json(meta)
-            staged = self._stager.stage(tensors)
-        except Exception as error:  # told to the other ranks, which would wait for this one
-            document, staged = {}, error
-        future = self._writer.submit(
-            write_checkpoint,
-            self._root,
+        self._poll()
+        snapshots = self._started()
+        pin = durable and self._node.leader
+        future = snapshots.take(
             step,
-            staged,
-            document,
-            peers=self._peers,
-            config=self._config,
-            rejected=frozenset(self._rejected),
+            self._boxes.of(tensors),
+            eager=self._boxes.of(eager or {}),
+            meta=_as_json(meta),
+            pin=pin,
         )
-        self._running = (step, future)
+        self._taking.append((step, future))
+        if pin:
+            self._saving.append((step, self._writer.submit(self._write, future)))
+        seconds = time.perf_counter() - start
+        self.monitor.stalled(seconds)
+        return seconds
+
+    def before_update(self) -> None:
+        """Wait until the tensors of the last snapshot may change."""
+        if self._snapshots is not None:
+            self.monitor.stalled(self._snapshots.before_update())
+            self._poll()
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> float:
+        """Save a checkpoint; asynchronously where the configuration says so.
+
+        Tensors may be changed once this returns.
+
+        Returns:
+            Seconds that the caller was blocked.
+
+        Raises:
+            CheckpointError: a synchronous save failed.
+        """
+        start = time.perf_counter()
+        self.snapshot(step, tensors, meta, durable=True)
+        self.before_update()
         if not self._config.async_save:
             self.wait()
         return time.perf_counter() - start
 
     def wait(self) -> None:
-        """Wait until the running save, if any, is complete.
+        """Wait until what was asked for so far is in memory and in storage.
 
         Raises:
-            CheckpointError: it failed; the cause carries the traceback.
+            CheckpointError: the newest checkpoint asked for could not be saved.
         """
-        if self._running is None:
-            return
-        (step, future), self._running = self._running, None
+        for _, taking in list(self._taking):
+            taking.exception()
+        for _, saving in list(self._saving):
+            saving.exception()
+        self._poll()
+        failed = next((text for text in self._peers.gather(self._failed) if text), None)
+        self._failed = None
+        if failed is not None:
+            raise CheckpointError(failed)
+
+    def close(self, *, finished: bool = True) -> None:
+        """Wait, and let go of everything.
+
+        Args:
+            finished: the job needs its snapshots no more, so the holders end. Otherwise (an error
+                unwinds) they keep the newest for `checkpoint.snapshot.linger_s`.
+
+        Raises:
+            CheckpointError: as `wait`.
+        """
         try:
-            saved = future.result()
-        except Exception as error:
-            raise CheckpointError(
-                f"the checkpoint of step {step} could not be saved: {error}"
-            ) from error
-        self._verified.add(step)
-        self._rejected.discard(step)
+            if finished:
+                self.wait()
+        finally:
+            self._writer.shutdown(wait=finished, cancel_futures=not finished)
+            if self._snapshots is not None and finished:
+                self._snapshots.close()
+        if finished and self._snapshots is not None:
+            self._peers.gather(None)  # nobody needs a holder any more
+            self._finish_holder()
+            self._snapshots = None
+
+    # --- loading ----------------------------------------------------------------------------------
+
+    def resume(self, wanted: Wanted) -> Resumed | None:
+        """Load the newest state, in memory or in storage; None where there is none.
+
+        What turns out to be broken is reported, and the next older one is tried.
+
+        Raises:
+            ValueError: all that there was is broken, or what `wanted` raises.
+        """
+        while (origin := self._finder.newest()) is not None:
+            meta = self._finder.meta(origin)
+            tensors = wanted(origin.step, self._finder.names(origin), meta)
+            try:
+                self._finder.load(origin, tensors)
+            except CheckpointError as error:
+                self._finder.reject(origin, str(error))
+                continue
+            return Resumed(
+                step=origin.step,
+                meta=meta,
+                from_memory=origin.memory is not None,
+                saved_step=self._finder.durable_step,
+            )
+        if self._finder.refused:
+            raise ValueError(
+                f"checkpoint.dir={self._config.dir}: no checkpoint is left that can be loaded "
+                f"({'; '.join(self._finder.refused)}); see `phalanx checkpoint verify --repair`, or choose "
+                "another run.dir for a new run"
+            )
+        return None
+
+    def newest(self) -> int | None:
+        """Step of the newest state whose files or memory are all there; None without one."""
+        origin = self._finder.newest()
+        return None if origin is None else origin.step
+
+    def load(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Fill `tensors` in place from the durable checkpoint of `step`, and return its meta.
+
+        The checkpoint may hold more names than are asked for. Floating-point types are converted;
+        where that may round, it is reported.
+
+        Raises:
+            ValueError: the checkpoint is missing, or lacks a name, or a shape differs.
+            CheckpointError: it is broken, or reading failed.
+        """
+        origin: Origin = self._finder.at(step)
+        self._finder.load(origin, tensors)
+        return self._finder.meta(origin)
+
+    # --- parts ------------------------------------------------------------------------------------
+
+    def _read_job(self) -> str | None:
+        return read_job(self._storage) if self._peers.rank == 0 else None
+
+    def _place_of(self, job: str) -> Place:
+        return Place(config=self._config, job=job, node=self._node, log_dir=self._log_dir)
+
+    def _started(self) -> Snapshots:
+        """The snapshots, set up the first time."""
+        if self._snapshots is None:
+            if self._place is None:
+                job = self._peers.agree(
+                    "name the run",
+                    lambda: job_name(self._storage) if self._peers.rank == 0 else "",
+                )[0]
+                self._finder.place = self._place = self._place_of(job)
+            self._snapshots = Snapshots(self._place, group=self._copying, device=self._device)
+            self._snapshots.on_open = self._opened.append
+        return self._snapshots
+
+    def _write(self, taking: "Future[Taken]") -> Saved:
+        """In the writer's thread, on a node's first rank."""
+        assert self._place is not None and self._leaders is not None
+        assert self._snapshots is not None
+        taken = taking.result()
+        try:
+            return write_durable(
+                taken,
+                storage=self._storage,
+                place=self._place,
+                peers=self._leaders,
+                rejected=lambda: frozenset(self._finder.rejected),
+            )
+        finally:
+            self._snapshots.release(taken)
+
+    def _poll(self) -> None:
+        """Report what ended in the background."""
+        while self._opened:
+            epoch = self._opened.pop(0)
+            groups = [list(group) for group in epoch.groups]
+            nbytes = sum(table.nbytes for table in epoch.tables)
+            self._report("snapshot_opened", groups=groups, bytes=nbytes)
+            for warning in epoch.warnings:
+                self._say(f"note: {warning}")
+        while self._taking and self._taking[0][1].done():
+            step, taking = self._taking.pop(0)
+            error = taking.exception()
+            if error is None:
+                self.monitor.taken(taking.result())
+            else:
+                self._report("snapshot_failed", step=step, reason=str(error))
+                self._say(f"the snapshot of step {step} failed: {error}")
+        while self._saving and self._saving[0][1].done():
+            step, saving = self._saving.pop(0)
+            self._end_save(step, saving)
+
+    def _end_save(self, step: int, saving: "Future[Saved]") -> None:
+        error = saving.exception()
+        if error is not None:
+            self._failed = f"the checkpoint of step {step} could not be saved: {error}"
+            self._report("checkpoint_failed", step=step, reason=str(error))
+            self._say(self._failed)
+            return
+        self._failed = None
+        saved = saving.result()
+        self._finder.rejected.discard(step)
+        self.monitor.saved(saved)
         self._report(
             "checkpoint_saved",
             step=step,
@@ -118,111 +344,38 @@ class CheckpointManager:
         for problem in saved.not_deleted:
             self._report("checkpoint_not_deleted", step=step, reason=problem)
 
-    def newest(self) -> int | None:
-        """Step of the newest complete checkpoint whose every file holds; None where there is none.
-
-        Broken ones are reported and passed over.
-        """
-        self.wait()
-        folders = self._complete()
-        for step, folder in reversed(folders.items()):
-            reason = self._why_broken(step, folder)
-            if reason is None:
-                return step
-            self._rejected.add(step)
-            self._verified.discard(step)
-            self._report("checkpoint_rejected", step=step, path=str(folder), reason=reason)
-            if self._peers.rank == 0:
-                print(f"phalanx: checkpoint {folder} refused: {reason}", file=sys.stderr)
-        return None
-
-    def load(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Fill `tensors` in place from the checkpoint of `step`, and return its meta.
-
-        The checkpoint may hold more names than are asked for. Floating-point types are converted;
-        where that may round, it is reported.
-
-        Raises:
-            ValueError: the checkpoint is missing or broken, or lacks a name, or a shape differs.
-            CheckpointError: reading failed.
-        """
-        self.wait()
-        folder = self._folder(step, self._complete())
-        if step not in self._verified:
-            reason = self._why_broken(step, folder)
-            if reason is not None:
-                raise ValueError(f"checkpoint {folder} refused: {reason}")
-        meta = self._peers.agree("read manifest", lambda: read_manifest(folder).meta)[0]
-        wanted, problem, rounded = check_fit(folder, tensors)
-        answers = self._peers.gather((problem, rounded))
-        for rank, (text, _) in enumerate(answers):
-            if text is not None:
-                raise ValueError(f"checkpoint {folder} does not fit (rank {rank}): {text}")
-        casts = sorted({name for _, names in answers for name in names})
-        if casts:
-            self._report("checkpoint_cast", step=step, names=casts)
-            if self._peers.rank == 0:
-                print(
-                    f"phalanx: {len(casts)} tensors of {folder} are rounded to a narrower type "
-                    f"({casts[0]}, ...)",
-                    file=sys.stderr,
-                )
-        self._peers.agree(
-            f"load {folder}", lambda: read_chunks(folder, wanted, group=self._peers.group)
-        )
-        return meta
-
-    def names(self, step: int) -> set[str]:
-        """Names of the tensors in the checkpoint of `step`; not collective."""
-        return set(stored_tensors(self._folder(step, complete_folders(self._root))))
-
-    def close(self) -> None:
-        """Wait for the running save and end the background thread.
-
-        Raises:
-            CheckpointError: the running save failed.
-        """
-        try:
-            self.wait()
-        finally:
-            self._writer.shutdown()
-
-    def _complete(self) -> dict[int, Path]:
-        """Complete folders as rank 0 sees them."""
-        return self._peers.agree("list checkpoints", lambda: complete_folders(self._root))[0]
-
-    def _folder(self, step: int, folders: Mapping[int, Path]) -> Path:
-        if step not in folders:
-            have = ", ".join(map(str, folders)) or "none"
-            raise ValueError(
-                f"checkpoint.dir={self._root}: no complete checkpoint of step {step}; "
-                f"complete are: {have}"
-            )
-        return folders[step]
-
-    def _why_broken(self, step: int, folder: Path) -> str | None:
-        """Why a checkpoint must not be loaded; each rank checks its share of the files."""
-        try:
-            manifest = read_manifest(folder)
-            names = sorted(manifest.files)[self._peers.rank :: self._peers.size]
-            reason = check_files(folder, manifest, names)
-            if manifest.step != step:
-                reason = f"its manifest is of step {manifest.step}"
-        except BrokenCheckpointError as error:
-            reason = str(error)
-        reason = next((text for text in self._peers.gather(reason) if text is not None), None)
-        if reason is None:
-            self._verified.add(step)
-        return reason
+    def _finish_holder(self) -> None:
+        if not self._node.leader or self._place is None:
+            return
+        with suppress(HolderGone):
+            client = self._place.connect()
+            client.finish()
+            client.close()
 
     def _report(self, name: str, **facts: Any) -> None:
         if self._peers.rank == 0:
             self._on_event(name, facts)
 
+    def _say(self, text: str) -> None:
+        if self._peers.rank == 0:
+            print(f"phalanx: {text}", file=sys.stderr, flush=True)
+
+
+def _store_host() -> str | None:
+    """The machine where the ranks met."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return getattr(store, "host", None)
+
 
 def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `meta` as it will be read again."""
     try:
-        return json.loads(json.dumps(dict(meta)))
+        copy: dict[str, Any] = json.loads(json.dumps(dict(meta)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"meta: only what JSON holds can be saved ({error})") from None
+    return copy
+
+
+__all__ = ["CheckpointManager", "Node", "Resumed"]

@@ -1,30 +1,31 @@
-"""Whether the tensors that are to be filled fit what a checkpoint holds."""
+"""Whether the tensors that are to be filled fit what is stored."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from phalanx.checkpoint.chunks import Chunk, chunk_of
-from phalanx.checkpoint.planner import stored_tensors
+from phalanx.checkpoint.format import TensorInfo
+from phalanx.checkpoint.reshard_plan import stored_tensors
+from phalanx.checkpoint.sources import Source
+from phalanx.checkpoint.torch_types import TORCH_TYPES, convertible
 
 SHOWN = 5
 """Names that a message lists."""
 
 
 def check_fit(
-    folder: Path, tensors: Mapping[str, Tensor]
+    source: Source, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Chunk], str | None, list[str]]:
     """Compare what is wanted with what is stored.
 
     Returns:
-        The chunks to read, why they cannot be read (None when they can), and the names whose values
-        may be rounded to a narrower floating-point type.
+        The chunks to load, why they cannot be loaded (None when they can), and the names whose
+        values may be rounded to a narrower floating-point type.
     """
     try:
-        stored = stored_tensors(folder)
+        stored = stored_tensors(source.parts())
         chunks = {name: chunk_of(name, tensor) for name, tensor in tensors.items()}
     except Exception as error:  # told to the other ranks, which would wait for this one
         return {}, f"{type(error).__name__}: {error}", []
@@ -34,14 +35,20 @@ def check_fit(
     rounded = [
         name
         for name, tensor in tensors.items()
-        if torch.promote_types(stored[name].properties.dtype, tensor.dtype) != tensor.dtype
+        if not _holds(tensor.dtype, TORCH_TYPES[stored[name].dtype])
     ]
     return {name: chunk for name, chunk in chunks.items() if chunk is not None}, None, rounded
 
 
-def _missing(
-    stored: Mapping[str, TensorStorageMetadata], tensors: Mapping[str, Tensor]
-) -> str | None:
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every value of one type is one of the other."""
+    if wide == narrow:
+        return True
+    a, b = torch.finfo(wide), torch.finfo(narrow)
+    return a.eps <= b.eps and a.max >= b.max and a.smallest_normal <= b.smallest_normal
+
+
+def _missing(stored: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> str | None:
     missing = [name for name in tensors if name not in stored]
     if not missing:
         return None
@@ -52,18 +59,16 @@ def _missing(
     )
 
 
-def _mismatched(
-    stored: Mapping[str, TensorStorageMetadata], tensors: Mapping[str, Tensor]
-) -> str | None:
-    shapes = [name for name in tensors if stored[name].size != tensors[name].shape]
+def _mismatched(stored: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> str | None:
+    shapes = [name for name in tensors if stored[name].shape != tuple(tensors[name].shape)]
     if shapes:
         shown = ", ".join(
-            f"{name} is {list(stored[name].size)} there and {list(tensors[name].shape)} here"
+            f"{name} is {list(stored[name].shape)} there and {list(tensors[name].shape)} here"
             for name in shapes[:SHOWN]
         )
         return f"{len(shapes)} shapes differ: {shown}{', ...' if len(shapes) > SHOWN else ''}"
     for name, tensor in tensors.items():
-        dtype = stored[name].properties.dtype
-        if dtype != tensor.dtype and not (dtype.is_floating_point and tensor.is_floating_point()):
+        dtype = TORCH_TYPES[stored[name].dtype]
+        if not convertible(dtype, tensor.dtype):
             return f"{name} is {dtype} there and {tensor.dtype} here"
     return None

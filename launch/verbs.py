@@ -17,6 +17,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from phalanx.launch import env
+from phalanx.launch.checkpoint_flags import EXAMPLES as CHECKPOINT_EXAMPLES
+from phalanx.launch.checkpoint_flags import OPTIONS as CHECKPOINT_OPTIONS
+from phalanx.launch.checkpoint_flags import USAGES as CHECKPOINT_USAGES
 from phalanx.launch.compose import ranks_per_node, world_size
 from phalanx.launch.failure import BadInput, user_input
 from phalanx.launch.hydra_app import Job, json_option, run
@@ -73,7 +76,7 @@ def data(argv: Sequence[str]) -> None:
 
 
 def checkpoint(argv: Sequence[str]) -> None:
-    """Exchange weights with Hugging Face."""
+    """Look after checkpoints."""
     from phalanx.launch.checkpoint_verb import checkpoint as do
 
     do(argv)
@@ -109,9 +112,20 @@ BENCHES = {
     "zero": "phalanx.bench.zero",
     "slow_network": "phalanx.bench.slow_network",
     "optim": "phalanx.bench.optim",
+    "erasure": "phalanx.bench.erasure",
+    "snapshot": "phalanx.bench.snapshot",
 }
 """Benches by name: a module with `bench(request) -> list of figures`."""
-WITHOUT_DATA = ("pipeline", "wgrad", "quantize", "optim", "zero", "slow_network")
+WITHOUT_DATA = (
+    "pipeline",
+    "wgrad",
+    "quantize",
+    "optim",
+    "zero",
+    "slow_network",
+    "erasure",
+    "snapshot",
+)
 """Benches that need no layout that divides, and no prepared data or check it themselves."""
 
 VERBS: dict[str, Verb] = {
@@ -149,12 +163,10 @@ VERBS: dict[str, Verb] = {
     ),
     "checkpoint": Verb(
         run=checkpoint,
-        usage="phalanx checkpoint import|export [--dtype TYPE] SOURCE TARGET",
-        summary="exchange weights with Hugging Face safetensors",
-        examples=(
-            "phalanx checkpoint import Llama-3.2-1B checkpoints/llama",
-            "phalanx checkpoint export --dtype fp32 runs/tiny/checkpoints exported",
-        ),
+        usage=f"phalanx checkpoint {'|'.join(CHECKPOINT_USAGES)} ...",
+        summary="list, check, mend, copy, recut and exchange checkpoints",
+        examples=CHECKPOINT_EXAMPLES,
+        options=CHECKPOINT_OPTIONS,
         takes_overrides=False,
     ),
     "bench": Verb(

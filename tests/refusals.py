@@ -18,7 +18,6 @@ from phalanx.train.model.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [
-    "checkpoint.config",
     "parallel.config",
     "train.config",
     "train.data.config",
@@ -30,6 +29,9 @@ PIPELINE_MODULES = ["parallel.pipeline.config"]
 """By test_config_pipeline.py."""
 ZERO_MODULES = ["parallel.zero.config"]
 """By test_config_zero.py."""
+
+CHECKPOINT_MODULES = ["checkpoint.config"]
+"""By test_config_checkpoint.py."""
 
 NAN, INF = float("nan"), float("inf")
 TINY = ModelConfig(vocab_size=300, dim=36, num_layers=5, num_heads=6, num_kv_heads=2, ffn_dim=52)

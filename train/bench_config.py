@@ -73,13 +73,35 @@ class SlowNetworkConfig:
 
 
 @dataclass(kw_only=True)
+class SnapshotBenchConfig:
+    """`phalanx bench snapshot`: a state that is saved at every step, apart from the run's model."""
+
+    ranks: int = 2
+    """Ranks on this machine that hold the state together."""
+    state_mb: int = 1024
+    """MiB of parameters and their two moments in fp32, over all ranks."""
+    step_s: float = 3.0
+    """Seconds that a step sleeps or computes before its update. Where a step computes on the cores
+    that copy too, what copying costs is a share of it, whoever copies: long ones show it as large
+    as it is in training."""
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"bench.snapshot.ranks={self.ranks}: must be at least 1")
+        if self.state_mb < 1:
+            raise ValueError(f"bench.snapshot.state_mb={self.state_mb}: must be at least 1")
+        if not 0 < self.step_s < float("inf"):
+            raise ValueError(f"bench.snapshot.step_s={self.step_s}: must be finite, above 0")
+
+
+@dataclass(kw_only=True)
 class BenchConfig:
     """`phalanx bench`."""
 
     rounds: int | None = None
     """Times that each side runs, in turn; empty = 5, for pipeline 3."""
     steps: int | None = None
-    """Steps of one turn; empty = 4, for pipeline 3. `startup` always takes one."""
+    """Steps of one turn; empty = 4, for pipeline and snapshot 3. `startup` always takes one."""
     pipeline: EmulatedPipelineConfig = field(default_factory=EmulatedPipelineConfig)
     """The emulated pipeline."""
     nodes: int = 2
@@ -88,6 +110,8 @@ class BenchConfig:
     """Ranks of each of them, all data-parallel."""
     slow_network: SlowNetworkConfig = field(default_factory=SlowNetworkConfig)
     """The slow network."""
+    snapshot: SnapshotBenchConfig = field(default_factory=SnapshotBenchConfig)
+    """The state that is saved at every step."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps"):

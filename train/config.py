@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from phalanx.checkpoint.config import CheckpointConfig
+from phalanx.checkpoint.placement import make_groups
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.parallel.zero.config import Offload, ZeroConfig
@@ -129,6 +130,10 @@ class LaunchConfig:
     """CPU threads of a rank; empty = the machine's cores / ranks_per_node, at least 1."""
     timeout_s: float = 600.0
     """Seconds after which a collective that some rank never joined is an error."""
+    racks: list[str] = field(default_factory=list)
+    """Failure domain of each node (its rack, switch or power feed), in the order of the nodes, so
+    that checkpoint.snapshot.parity does not protect a node by its neighbours; under torchrun one
+    label is this machine's, as ${oc.env:RACK}. Empty = nodes fail one by one."""
     address: str | None = None
     """torchrun: HOST:PORT of the rendezvous (needed for nodes > 1). ray: address of a running
     cluster; empty = the one in reach (RAY_ADDRESS), else a local one."""
@@ -337,11 +342,29 @@ class Config:
                 "pipeline.post_validation=true: with model.tie_embeddings=true the first and the "
                 "last pipeline rank still wait for each other at each step, for the tied gradient"
             )
+        notes += self._notes_of_snapshots()
         held = self.zero.extents.grads is not Extent.all or self.parallel.dp_replicate != 1
         if sharded and held and self.precision.reduce is Precision.bf16:
             notes.append(
                 "precision.reduce=bf16: gradients that wait for a step's last microbatch are also "
                 "added up in bf16 here; with many microbatches use fp32"
+            )
+        return notes
+
+    def _notes_of_snapshots(self) -> list[str]:
+        notes = []
+        snapshot = self.checkpoint.snapshot
+        if snapshot.num_parity and not snapshot.every:
+            notes.append(
+                f"checkpoint.snapshot.parity={snapshot.parity}: no effect with "
+                "checkpoint.snapshot.every=0; checkpoints in storage have no parity then"
+            )
+        if self.launch.racks and not (snapshot.every and snapshot.num_parity):
+            notes.append(f"launch.racks={self.launch.racks}: no effect without snapshots' parity")
+        if snapshot.every and self.pipeline.post_validation:
+            notes.append(
+                f"checkpoint.snapshot.every={snapshot.every}: with pipeline.post_validation=true "
+                "every snapshot waits until its step is final, which gives up what that gained"
             )
         return notes
 
@@ -359,7 +382,8 @@ class Config:
         return notes + self.zero.notes(num_nodes)
 
     def check_nodes(self, world_size: int, ranks_per_node: int) -> None:
-        """Whether ZeRO's settings fit `world_size` ranks of which so many share a node.
+        """Whether ZeRO's and the snapshots' settings fit `world_size` ranks of which so many share
+        a node.
 
         Raises:
             ValueError: they do not fit.
@@ -367,6 +391,15 @@ class Config:
         degrees = self.parallel.sized(world_size)
         shards, tp = degrees["dp_shard"], degrees["tp"]
         self.zero.check_nodes(shards, data_ranks_per_node(shards, tp, ranks_per_node))
+        nodes, racks = world_size // ranks_per_node, self.launch.racks
+        if len(racks) not in (0, 1, nodes):
+            raise ValueError(
+                f"launch.racks={racks}: {len(racks)} labels for {nodes} nodes; give one for each, "
+                "in order, or under torchrun this machine's alone"
+            )
+        snapshot = self.checkpoint.snapshot
+        if snapshot.every:
+            make_groups([""] * nodes, parity=snapshot.num_parity, group_size=snapshot.group_size)
 
     def num_microbatches(self, world_size: int) -> int:
         """Microbatches that each data-parallel rank computes in a step.

@@ -46,6 +46,8 @@ class StepRecord:
     """What rank 0 sent, by kind; NaN = cannot be counted."""
     pipeline: Mapping[str, float] = field(default_factory=dict)
     """Figures of PipelineWatch.measured; empty = no prediction yet."""
+    snapshot: Mapping[str, float] = field(default_factory=dict)
+    """Figures of phalanx.checkpoint.monitoring.Monitor.take; empty = no snapshot yet."""
 
 
 def traffic_figures(traffic: Mapping[str, Traffic]) -> dict[str, float]:
@@ -86,7 +88,7 @@ class MetricsLog:
     def write_step(self, record: StepRecord) -> None:
         """Append a step's record, with its parts as `data_s`, `forward_backward_s`, ..., its
         traffic as `comm_params_inside_bytes`, ..., and the pipeline's figures as
-        `pipeline_step_s_measured`, ..."""
+        `pipeline_step_s_measured`, ... and the snapshots' as `snapshot_stalled_s`, ..."""
         traffic = traffic_figures(record.traffic)
         self.write(
             record.step,
@@ -99,6 +101,7 @@ class MetricsLog:
                 **{f"{part}_s": seconds for part, seconds in record.parts.items()},
                 **{f"comm_{name}": value for name, value in traffic.items()},
                 **{f"pipeline_{name}": value for name, value in record.pipeline.items()},
+                **{f"snapshot_{name}": value for name, value in record.snapshot.items()},
             },
         )
 

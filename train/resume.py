@@ -6,11 +6,12 @@ Torch-free: the launching process refuses before it writes anything, and every r
 from collections.abc import Iterable
 from dataclasses import asdict
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
+from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.checkpoint.folders import complete_folders
 from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest, read_manifest
+from phalanx.checkpoint.storage import open_storage
 from phalanx.parallel.zero.config import ZeroConfig
 from phalanx.train.config import Config
 from phalanx.train.optim.config import OptimizerName
@@ -32,10 +33,10 @@ def check_resume(config: Config) -> None:
         ValueError: one line that says which setting, and what would be right.
     """
     try:
-        newest = _newest(Path(config.checkpoint.dir))
+        newest = _newest(config.checkpoint)
     except OSError as error:
         raise ValueError(
-            f"checkpoint.dir={config.checkpoint.dir}: cannot be read ({error.strerror})"
+            f"checkpoint.dir={config.checkpoint.dir}: cannot be read ({error.strerror or error})"
         ) from error
     if newest is None:
         return
@@ -44,11 +45,12 @@ def check_resume(config: Config) -> None:
         check_continues(newest.meta, config)
 
 
-def _newest(root: Path) -> Manifest | None:
+def _newest(config: CheckpointConfig) -> Manifest | None:
     """The newest manifest that holds; the ranks report those that do not."""
-    for folder in reversed(complete_folders(root).values()):
+    storage = open_storage(config.dir, config.storage)
+    for folder in reversed(complete_folders(storage).values()):
         try:
-            return read_manifest(folder)
+            return read_manifest(storage, folder)
         except BrokenCheckpointError:
             continue
     return None

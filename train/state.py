@@ -31,8 +31,12 @@ def describe(config: Config, mesh: Mesh, step: int) -> dict[str, Any]:
     """The meta of a checkpoint taken after `step` steps, as JSON holds it."""
     return {
         "kind": KIND,
-        "step": step,
-        "samples": step * config.training.global_batch_size,
+        **progress(config, step),
         "layout": {axis: mesh.size(axis) for axis in AXES},
         "config": plain_settings(config),
     }
+
+
+def progress(config: Config, step: int) -> dict[str, int]:
+    """What of the meta changes from step to step."""
+    return {"step": step, "samples": step * config.training.global_batch_size}

@@ -34,8 +34,8 @@ def flat_hyperparameters(config: Any, prefix: str = "") -> dict[str, str | float
 
 
 class TensorBoardLog:
-    """Writes a run's curves and texts; tags stand in the groups train, eval, perf, time, comm
-    and pipeline."""
+    """Writes a run's curves and texts; tags stand in the groups train, eval, perf, time, comm,
+    pipeline and snapshot."""
 
     def __init__(self, folder: Path, config: Config, *, first_step: int) -> None:
         """Go on at `first_step`: what earlier processes wrote of it and later steps is hidden."""
@@ -71,6 +71,7 @@ class TensorBoardLog:
                 figures[f"{link}_bytes"] = sum(getattr(t, link) for t in record.traffic.values())
             scalars |= {f"comm/{n}": value for n, value in figures.items() if value == value}
         scalars |= {f"pipeline/{name}": value for name, value in record.pipeline.items()}
+        scalars |= {f"snapshot/{name}": value for name, value in record.snapshot.items()}
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, record.step)
 

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.fault.events import EventLog
 from phalanx.fault.signals import StopRequest
@@ -29,7 +31,7 @@ from phalanx.train.profile import ProfileWindow
 from phalanx.train.report import RunReport
 from phalanx.train.resume import KIND, changed_settings, check_continues, check_wanted
 from phalanx.train.sample import generate
-from phalanx.train.state import describe, random_states, restore_random_states
+from phalanx.train.state import describe, progress, random_states, restore_random_states
 from phalanx.train.step import Engine
 
 
@@ -73,10 +75,14 @@ class Trainer:
         self.engine = Engine(config, self.mesh, ranks.device)
         self.checkpoints = CheckpointManager(
             config.checkpoint,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            ranks=ranks,
             on_event=self.events.on_event,
+            racks=config.launch.racks,
+            log_dir=self.run_dir / "logs",
         )
+        self._about = describe(config, self.mesh, 0)
+        self.saved_step: int | None = None
+        """Of the newest checkpoint in storage."""
         self.first_step = self._resume()
         self.report = RunReport(
             config,
@@ -104,7 +110,7 @@ class Trainer:
         """Of the last step that is final."""
         self._open: deque[tuple[int, Callable[..., StepRecord]]] = deque()
         """Steps done whose loss and norm are not known here yet (pipeline.post_validation)."""
-        self.saved_step: int | None = self.first_step if self.first_step else None
+        self.finished = False
 
     def run(self, stop: StopRequest) -> dict[str, Any]:
         """Step until the end or until somebody asks to stop; see `train`."""
@@ -117,6 +123,7 @@ class Trainer:
         stopped: str | None = None
         try:
             with self.comm, self.tensor_traffic, window:
+                self._prepare_saving()
                 self._catch_up(done)
                 self._restart_clocks()
                 while done < steps and stopped is None:
@@ -134,12 +141,16 @@ class Trainer:
         finally:
             batches.close()
         self._finish(done, stopped)
+        self.finished = True
         return {"steps": done, "loss": self.loss, "stopped": stopped}
 
     def close(self) -> None:
-        """Complete a running save and put the logs on disk."""
+        """Complete a running save and put the logs on disk.
+
+        After an error the snapshots stay in memory for a while, for the next start.
+        """
         try:
-            self.checkpoints.close()
+            self.checkpoints.close(finished=self.finished)
         finally:
             self.report.close()
             self.events.close()
@@ -154,6 +165,8 @@ class Trainer:
         with self._named_errors(step), self.timer("forward_backward"):
             gradients = self.engine.gradients(batch, stop=stop.requested)
         stopping = self._log_settled()
+        with self.timer("checkpoint"):
+            self.checkpoints.before_update()
         with self._named_errors(step), self.timer("optimizer"):
             self.engine.update(gradients, lr)
             if self._something_is_due(step + 1):
@@ -170,16 +183,17 @@ class Trainer:
             parts=parts,
             traffic=self.mesh.meter.take(),
             pipeline=self.pipeline.measured(parts),
+            snapshot=self.checkpoints.monitor.take(),
         )
         self._open.append((step, record))
         stopping |= self._log_settled()
         if self.pipeline.after_step(step):
             self._restart_clocks()
-        if self._save_is_due(step + 1):
-            # After its line is on disk: no resume finds a checkpoint whose steps were not logged.
+        if self._snapshot_is_due(step + 1) or self._save_is_due(step + 1):
+            # After its line is written: no resume finds a state whose steps were not logged.
             # The seconds are charged to the next line.
             with self.timer("checkpoint"):
-                self._save(step + 1)
+                self._save(step + 1, durable=self._save_is_due(step + 1))
         return stopping
 
     def settle(self) -> None:
@@ -215,6 +229,7 @@ class Trainer:
         return (
             done == self.config.training.steps
             or self._save_is_due(done)
+            or self._snapshot_is_due(done)
             or self._evaluation_is_due(done)
             or self._sample_is_due(done)
             or self.pipeline.is_due()
@@ -224,6 +239,10 @@ class Trainer:
         config = self.config.checkpoint
         last = config.save_last and done == self.config.training.steps
         return last or (config.every > 0 and done % config.every == 0)
+
+    def _snapshot_is_due(self, done: int) -> bool:
+        every = self.config.checkpoint.snapshot.every
+        return every > 0 and done % every == 0
 
     def _evaluation_is_due(self, done: int) -> bool:
         training = self.config.training
@@ -274,45 +293,73 @@ class Trainer:
                 "run.dir for a new run"
             )
 
-    def _save(self, done: int) -> None:
-        if done == self.saved_step:
+    def _state(self) -> dict[str, Tensor]:
+        """All that a resume in any layout needs, but for `Engine.rank_tensors`."""
+        return self.engine.state_tensors() | random_states(self.ranks.rank, self.ranks.device)
+
+    def _prepare_saving(self) -> None:
+        """Take the memory that saving will need, and save what the run before still owed."""
+        config, done = self.config.checkpoint, self.first_step
+        if config.every or config.save_last or config.snapshot.every:
+            self.checkpoints.prepare(self._state() | self.engine.rank_tensors())
+        if done and self._save_is_due(done):
+            self._save(done)
+
+    def _save(self, done: int, *, durable: bool = True) -> None:
+        """Begin a snapshot, and with `durable` its way to storage."""
+        if durable and done == self.saved_step:
             return
-        self.report.sync()
-        tensors = (
-            self.engine.state_tensors()
-            | self.engine.rank_tensors()
-            | random_states(self.ranks.rank, self.ranks.device)
+        if durable:
+            self.report.sync()
+            self.saved_step = done
+        self.checkpoints.snapshot(
+            done,
+            self._state(),
+            self._about | progress(self.config, done),
+            eager=self.engine.rank_tensors(),
+            durable=durable,
         )
-        self.checkpoints.save(done, tensors, describe(self.config, self.mesh, done))
-        self.saved_step = done
+        if durable and not self.config.checkpoint.async_save:
+            self.checkpoints.wait()
 
     def _resume(self) -> int:
-        """Load the newest complete checkpoint; the step to go on from, 0 without one."""
-        newest = self.checkpoints.newest()
-        if newest is None:
+        """Load the newest state, in memory or in storage; the step to go on from, 0 without one."""
+        given: dict[str, dict[str, Tensor]] = {}
+
+        def wanted(step: int, names: set[str], meta: dict[str, Any]) -> dict[str, Tensor]:
+            check_wanted(step, self.config)
+            if meta.get("kind") == KIND:
+                check_continues(meta, self.config)
+            tensors = self.engine.state_tensors()
+            if not any(name.startswith("optim.") for name in names):
+                tensors = {n: t for n, t in tensors.items() if n.startswith("model.")}
+            rng = random_states(self.ranks.rank, self.ranks.device)
+            given["rng"] = {n: t for n, t in rng.items() if n in names}
+            residuals = self.engine.rank_tensors()
+            given["owed"] = {n: t for n, t in residuals.items() if n in names}
+            return tensors | given["rng"] | given["owed"]
+
+        resumed = self.checkpoints.resume(wanted)
+        if resumed is None:
             return 0
-        check_wanted(newest, self.config)
-        names = self.checkpoints.names(newest)
-        tensors = self.engine.state_tensors()
-        if not any(name.startswith("optim.") for name in names):
-            tensors = {n: t for n, t in tensors.items() if n.startswith("model.")}
-        random = {
-            n: t for n, t in random_states(self.ranks.rank, self.ranks.device).items() if n in names
-        }
-        owed = {n: t for n, t in self.engine.rank_tensors().items() if n in names}
-        meta = self.checkpoints.load(newest, tensors | random | owed)
+        meta = resumed.meta
         if meta.get("kind") != KIND:
-            self.events.record("weights_loaded", step=newest)
+            self.events.record("weights_loaded", step=resumed.step)
             return 0
-        restore_random_states(random, self.ranks.device)
+        restore_random_states(given["rng"], self.ranks.device)
         step = check_continues(meta, self.config)
+        self.saved_step = resumed.saved_step
         changes = changed_settings(meta, self.config)
-        self.events.record("resumed", step=step, saved_layout=meta["layout"], changed=changes)
+        where = "memory" if resumed.from_memory else "storage"
+        self.events.record(
+            "resumed", step=step, source=where, saved_layout=meta["layout"], changed=changes
+        )
         if self.ranks.rank == 0:
             told = f"; changed since: {', '.join(changes)}" if changes else ""
-            if self.config.zero.error_feedback and not owed:
+            if self.config.zero.error_feedback and not given["owed"]:
                 told += "; zero.error_feedback begins at zero: none was saved in this layout"
-            print(f"phalanx: going on from the checkpoint of step {step}{told}", flush=True)
+            what = "snapshot in memory" if resumed.from_memory else "checkpoint"
+            print(f"phalanx: going on from the {what} of step {step}{told}", flush=True)
         return step
 
     def _evaluate(self, done: int) -> None:

@@ -4,45 +4,58 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 from phalanx.checkpoint.folders import folder_name
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import Run, manager_of, resume_and_save
+from tests.checkpointing import Events, Run, manager_of, resume_and_save, step_names
 
 
 def save_three(ranks: Ranks, root: Path) -> None:
     with process_group(ranks):
         manager = manager_of(ranks, root, keep=0)
         for step in (1, 2, 3):
-            manager.save(step, {f"x{ranks.rank}": torch.full((1000,), float(step))}, {})
+            tensor = torch.full((1000,), float(step))
+            tensor[-1] = ranks.rank
+            manager.save(step, {f"x{ranks.rank}": tensor}, {})
         manager.close()
 
 
 def truncate(folder: Path) -> None:
-    os.truncate(folder / "__1_0.distcp", 100)
+    os.truncate(folder / "part-00001.safetensors", 100)
 
 
 def flip(folder: Path) -> None:
-    path = folder / "__0_0.distcp"
+    path = folder / "part-00000.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 def remove(folder: Path) -> None:
-    (folder / "__1_0.distcp").unlink()
+    (folder / "part-00001.safetensors").unlink()
 
 
-def flip_metadata(folder: Path) -> None:
-    path = folder / ".metadata"
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 4
-    path.write_bytes(content)
+def swap(folder: Path) -> None:
+    first, second = (folder / f"part-{rank:05d}.safetensors" for rank in (0, 1))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+def take_another_steps(folder: Path) -> None:
+    other = folder.with_name(folder_name(2)) / "part-00000.safetensors"
+    (folder / "part-00000.safetensors").write_bytes(other.read_bytes())
 
 
 def cut_manifest(folder: Path) -> None:
     os.truncate(folder / "manifest.json", 50)
+
+
+def flip_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"num_parity":0', b'"num_parity":1'))
 
 
 def rename_folder(folder: Path) -> None:
@@ -53,11 +66,13 @@ def rename_folder(folder: Path) -> None:
 def test_broken_checkpoints_are_refused_with_the_reason(run_ranks: Run, tmp_path: Path) -> None:
     run_ranks(save_three, tmp_path / "good", world_size=2)
     for damage, reasons in (
-        (truncate, ["__1_0.distcp has 100 bytes instead of"]),
-        (flip, ["__0_0.distcp is damaged: checksum"]),
-        (remove, ["__1_0.distcp is missing"]),
-        (flip_metadata, [".metadata is damaged"]),
-        (cut_manifest, ["manifest.json cannot be read"]),
+        (truncate, ["part-00001.safetensors has 100 bytes instead of"]),
+        (flip, ["part-00000.safetensors is damaged: x0 has checksum"]),
+        (remove, ["part-00001.safetensors is missing"]),
+        (swap, ["is damaged: x"]),
+        (take_another_steps, ["part-00000.safetensors is damaged: x0 has checksum"]),
+        (cut_manifest, ["manifest.json"]),
+        (flip_manifest, ["manifest.json"]),
         (rename_folder, ["its manifest is of step 3", "is missing"]),
     ):
         root = tmp_path / damage.__name__
@@ -70,7 +85,7 @@ def test_broken_checkpoints_are_refused_with_the_reason(run_ranks: Run, tmp_path
         assert len(rejected) == len(reasons)
         for facts, reason in zip(rejected, reasons, strict=True):
             assert reason in facts["reason"]
-        assert [path.name for path in root.iterdir()] == [folder_name(4)]
+        assert step_names(root) == [folder_name(4)]
 
 
 def test_the_resumed_one_outlives_a_broken_newer_one(run_ranks: Run, tmp_path: Path) -> None:
@@ -80,13 +95,26 @@ def test_the_resumed_one_outlives_a_broken_newer_one(run_ranks: Run, tmp_path: P
     flip(root / folder_name(3))
     results = run_ranks(resume_and_save, root, 3, world_size=2)
     assert results[0][0] == 2
-    assert [path.name for path in root.iterdir()] == [folder_name(3)]
+    assert step_names(root) == [folder_name(3) + ".r1"]
 
 
-def test_all_broken_means_none(run_ranks: Run, tmp_path: Path) -> None:
+def resume_nothing(ranks: Ranks, root: Path) -> tuple[str, Events]:
+    with process_group(ranks):
+        events: Events = []
+        manager = manager_of(ranks, root, events=events)
+        tensors = {f"x{ranks.rank}": torch.zeros(1000)}
+        with pytest.raises(ValueError, match="no checkpoint is left that can be loaded") as caught:
+            manager.resume(lambda step, names, meta: tensors)
+        manager.close()
+        return str(caught.value), events
+
+
+def test_all_broken_is_an_error_not_a_new_run(run_ranks: Run, tmp_path: Path) -> None:
     run_ranks(save_three, tmp_path, world_size=2)
-    for step in (1, 2, 3):
-        remove(tmp_path / folder_name(step))
-    (step, _, events), _ = run_ranks(resume_and_save, tmp_path, 1, world_size=2)
-    assert step is None
+    remove(tmp_path / folder_name(1))
+    for step in (2, 3):
+        flip(tmp_path / folder_name(step))
+    (text, events), (other, _) = run_ranks(resume_nothing, tmp_path, world_size=2)
+    assert text == other
+    assert "step 3: " in text
     assert [facts["step"] for name, facts in events if "rejected" in name] == [3, 2, 1]

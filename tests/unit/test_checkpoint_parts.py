@@ -1,7 +1,4 @@
-"""The checkpoint's parts that need no ranks: boxes, staging buffers, manifests, folders."""
-
-import json
-from pathlib import Path
+"""What of saving needs no ranks: boxes of placements, staging buffers."""
 
 import pytest
 import torch
@@ -9,26 +6,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from phalanx.checkpoint.chunks import box
-from phalanx.checkpoint.folders import complete_folders, folder_name, prepare_folder, prune
-from phalanx.checkpoint.manifest import (
-    BrokenCheckpointError,
-    check_files,
-    fingerprint,
-    new_manifest,
-    read_manifest,
-    write_manifest,
-)
 from phalanx.checkpoint.staging import Stager
-
-
-def make_complete(root: Path, step: int, content: bytes = b"abc") -> Path:
-    folder = prepare_folder(root, step, broken=False)
-    (folder / "__0_0.distcp").write_bytes(content)
-    files = {"__0_0.distcp": fingerprint(folder / "__0_0.distcp")}
-    write_manifest(
-        folder, new_manifest(step=step, meta={"lr": 0.1, "x": [1]}, files=files, world_size=1)
-    )
-    return folder
 
 
 def chunks_of(rows: torch.Tensor, parts: int) -> list[torch.Tensor]:
@@ -87,95 +65,3 @@ def test_staging_copies_and_reuses_its_buffers() -> None:
     changed = stager.stage({"a": torch.zeros(7)})
     assert changed["a"].local.shape == (7,)
     assert set(stager._buffers) == {"a"}
-
-
-def test_manifest_returns_what_was_written(tmp_path: Path) -> None:
-    folder = make_complete(tmp_path, 7)
-    manifest = read_manifest(folder)
-    assert manifest.step == 7
-    assert manifest.meta == {"lr": 0.1, "x": [1]}
-    assert manifest.torch_version == torch.__version__
-    assert check_files(folder, manifest, manifest.files) is None
-
-
-def test_damaged_manifest_is_refused(tmp_path: Path) -> None:
-    folder = make_complete(tmp_path, 7)
-    path = folder / "manifest.json"
-    text = path.read_text()
-    for damaged, reason in (
-        (text.replace('"step": 7', '"step": 8'), "its own checksum"),
-        (text[: len(text) // 2], "cannot be read"),
-        (text.replace('"version": 1', '"version": 9'), "version 9"),
-        (json.dumps([]), "cannot be read"),
-        ("", "cannot be read"),
-    ):
-        path.write_text(damaged)
-        with pytest.raises(BrokenCheckpointError, match=reason):
-            read_manifest(folder)
-    path.unlink()
-    with pytest.raises(BrokenCheckpointError, match="never completed"):
-        read_manifest(folder)
-
-
-def test_damaged_files_are_found(tmp_path: Path) -> None:
-    folder = make_complete(tmp_path, 7, content=b"x" * 1000)
-    manifest = read_manifest(folder)
-    data = folder / "__0_0.distcp"
-    for content, reason in (
-        (b"x" * 999, "999 bytes instead of 1000"),
-        (b"x" * 500 + b"y" + b"x" * 499, "is damaged: checksum"),
-    ):
-        data.write_bytes(content)
-        assert reason in (check_files(folder, manifest, manifest.files) or "")
-    data.unlink()
-    assert check_files(folder, manifest, manifest.files) == "__0_0.distcp is missing"
-
-
-def test_replacing_a_complete_step_keeps_the_old_until_the_new_stands(tmp_path: Path) -> None:
-    make_complete(tmp_path, 5, content=b"old")
-    fresh = prepare_folder(tmp_path, 5, broken=False)
-    old = complete_folders(tmp_path)[5]
-    assert (old / "__0_0.distcp").read_bytes() == b"old"
-    (fresh / "__0_0.distcp").write_bytes(b"half")
-    again = make_complete(tmp_path, 5, content=b"new")  # the half-written one is thrown away
-    assert complete_folders(tmp_path) == {5: again}
-    assert (again / "__0_0.distcp").read_bytes() == b"new"
-    prune(tmp_path, saved=5, keep=2, keep_every=0, rejected=())
-    assert [path.name for path in tmp_path.iterdir()] == [folder_name(5)]
-
-
-@pytest.mark.parametrize(
-    ("keep", "keep_every", "rejected", "left"),
-    [
-        (2, 0, (), [40, 50]),
-        (1, 20, (), [20, 40, 50]),
-        (0, 0, (), [10, 20, 30, 40, 50]),
-        (2, 0, (40,), [30, 50]),
-        (1, 0, (50,), [50]),  # saved anew, so no longer rejected
-        (1, 0, (10, 40), [50]),
-    ],
-)
-def test_prune(
-    tmp_path: Path, keep: int, keep_every: int, rejected: tuple[int, ...], left: list[int]
-) -> None:
-    for step in (10, 20, 30, 40, 50):
-        make_complete(tmp_path, step)
-    prepare_folder(tmp_path, 35, broken=False)  # a crash's leftover
-    (tmp_path / "notes").mkdir()
-    prune(tmp_path, saved=50, keep=keep, keep_every=keep_every, rejected=rejected)
-    assert sorted(complete_folders(tmp_path)) == left
-    assert {path.name for path in tmp_path.iterdir()} == {"notes", *map(folder_name, left)}
-
-
-def test_imported_weights_are_kept(tmp_path: Path) -> None:
-    for step in (0, 10, 20):
-        make_complete(tmp_path, step)
-    prune(tmp_path, saved=20, keep=1, keep_every=0, rejected=())
-    assert list(complete_folders(tmp_path)) == [0, 20]
-
-
-def test_prune_keeps_what_was_just_saved_below_a_rejected_step(tmp_path: Path) -> None:
-    for step in (10, 15, 20):
-        make_complete(tmp_path, step)
-    prune(tmp_path, saved=15, keep=1, keep_every=0, rejected=(20,))
-    assert list(complete_folders(tmp_path)) == [15]

@@ -8,7 +8,6 @@ from dataclasses import fields, is_dataclass, replace
 
 import pytest
 
-from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.train.config import (
@@ -28,6 +27,7 @@ from phalanx.train.data.config import CorpusConfig, DataConfig, tokenizer_path
 from phalanx.train.model.config import ModelConfig, RopeScalingConfig
 from phalanx.train.optim.config import LrConfig, OptimConfig, OptimizerName
 from tests.refusals import (
+    CHECKPOINT_MODULES,
     INF,
     MODULES,
     NAN,
@@ -46,8 +46,6 @@ from tests.refusals import (
 )
 
 CASES = [
-    *(of(CheckpointConfig, "checkpoint", key, -1, "0 or more") for key in ("every", "keep")),
-    of(CheckpointConfig, "checkpoint", "keep_every", -3, "0 or more"),
     *(
         of(ParallelConfig, "parallel", axis, 0, "from 1")
         for axis in ("pp", "dp_replicate", "cp", "tp", "ep")
@@ -212,12 +210,16 @@ CASES = [
         of(OptimConfig, "optim", key, -1.0, "0 or more")
         for key in ("eps", "weight_decay", "max_grad_norm")
     ),
+    Case(
+        make=lambda: Config(launch=LaunchConfig(racks=["a", "b"])).check_nodes(4, 1),
+        words=("launch.racks=['a', 'b']", "4 nodes"),
+    ),
 ]
 
 
 FLOATS = [
     (part, name, field.name)
-    for name in (*MODULES, *PIPELINE_MODULES, *ZERO_MODULES)
+    for name in (*MODULES, *CHECKPOINT_MODULES, *PIPELINE_MODULES, *ZERO_MODULES)
     for part in vars(importlib.import_module(f"phalanx.{name}")).values()
     if is_dataclass(part) and part.__module__ == f"phalanx.{name}"
     for field in fields(part)
@@ -253,7 +255,7 @@ def test_every_config_module_is_looked_at() -> None:
         for folder in ("train", "parallel", "checkpoint", "fault", "launch", "bench")
         for path in (ROOT / folder).rglob("config.py")
     }
-    assert found == {*MODULES, *PIPELINE_MODULES, *ZERO_MODULES}
+    assert found == {*MODULES, *CHECKPOINT_MODULES, *PIPELINE_MODULES, *ZERO_MODULES}
 
 
 def test_defaults_are_right() -> None:

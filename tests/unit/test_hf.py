@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phalanx.checkpoint.chunks import plain_chunk
-from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.checkpoint.manifest import read_manifest
 from phalanx.checkpoint.peers import Peers
-from phalanx.checkpoint.planner import read_chunks
-from phalanx.checkpoint.write import write_checkpoint
+from phalanx.checkpoint.reshard import load
+from phalanx.checkpoint.sources import StorageSource
+from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.writer import write_tensors
 from phalanx.launch.compose import Source, compose
 from phalanx.train.model import hf_weights
 from phalanx.train.model.config import ModelConfig, RopeScalingConfig
@@ -98,7 +99,9 @@ def load_weights(model: Transformer, folder: Path) -> None:
         f"model.{parameter_name(name, model.config)}": plain_chunk(parameter)
         for name, parameter in model.named_parameters()
     }
-    read_chunks(folder, chunks, group=None)
+    storage = open_storage(folder.parent)
+    source = StorageSource(storage, folder.name, read_manifest(storage, folder.name))
+    load(source, chunks, peers=Peers(None))
 
 
 def assert_equal_logits(ours: Tensor, theirs: Tensor) -> None:
@@ -122,7 +125,8 @@ def test_imported_logits_equal_transformers(family: Callable[[], Any], tmp_path:
     load_weights(model, result.checkpoint)
     tokens = tokens_of(config.vocab_size)
     assert_equal_logits(our_logits(model, tokens), peer_logits(peer, tokens))
-    assert read_manifest(result.checkpoint).meta["kind"] == "weights"
+    storage = open_storage(tmp_path / "c")
+    assert read_manifest(storage, result.checkpoint.name).meta["kind"] == "weights"
 
 
 OURS = {
@@ -161,8 +165,7 @@ def save_ours(model: Transformer, root: Path, meta: dict[str, Any]) -> None:
         f"model.{parameter_name(name, model.config)}": plain_chunk(parameter)
         for name, parameter in model.named_parameters()
     }
-    config = CheckpointConfig(dir=str(root))
-    write_checkpoint(root, 30, chunks, meta, peers=Peers(None), config=config)
+    write_tensors(open_storage(root), 30, chunks, meta)
 
 
 def as_meta(config: ModelConfig, **other: Any) -> dict[str, Any]:
@@ -317,7 +320,7 @@ def test_wrong_tensors_are_named(tmp_path: Path) -> None:
 def test_folders_in_use_and_damage_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config.json"):
         import_hf(tmp_path, tmp_path / "c")
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="no such folder, or an empty one"):
         export_hf(tmp_path / "c", tmp_path / "hf")
     random_peer(qwen2()).save_pretrained(tmp_path / "theirs")
     result = import_hf(tmp_path / "theirs", tmp_path / "c")
@@ -327,9 +330,12 @@ def test_folders_in_use_and_damage_are_refused(tmp_path: Path) -> None:
         export_hf(tmp_path / "c", tmp_path / "theirs")
     with pytest.raises(ValueError, match="dtype=int4: choose one of fp32"):
         export_hf(tmp_path / "c", tmp_path / "hf", dtype="int4")
-    data = result.checkpoint / "__0_0.distcp"
+    data = result.checkpoint / "part-00000.safetensors"
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    with pytest.raises(ValueError, match=r"__0_0.distcp is damaged"):
+    with pytest.raises(
+        ValueError, match=r"part-00000.safetensors is damaged: model\..* has checksum"
+    ):
         export_hf(tmp_path / "c", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()

@@ -6,7 +6,7 @@ Both run in one process, without ranks, and hold no more than one output file's 
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ import torch
 from omegaconf import OmegaConf
 
 from phalanx.checkpoint.chunks import plain_chunk
-from phalanx.checkpoint.config import CheckpointConfig
-from phalanx.checkpoint.folders import complete_folders, folder_name
-from phalanx.checkpoint.manifest import NAME as MANIFEST
-from phalanx.checkpoint.manifest import check_files, read_manifest
-from phalanx.checkpoint.peers import Peers
-from phalanx.checkpoint.write import write_checkpoint
+from phalanx.checkpoint.folders import complete_folders
+from phalanx.checkpoint.manifest import BrokenCheckpointError, read_manifest
+from phalanx.checkpoint.sources import StorageSource
+from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.tool.places import find
+from phalanx.checkpoint.writer import write_tensors
 from phalanx.train.model.config import ModelConfig, RopeScalingConfig
 from phalanx.train.model.hf_config import from_hf_config, to_hf_config
 from phalanx.train.model.hf_weights import mapped_tensors, parameter_shapes, write_weights
@@ -55,7 +55,8 @@ def import_hf(src: Path, dst: Path) -> Imported:
     """
     if not (src / "config.json").is_file():
         raise ValueError(f"{src}: no config.json there; give a folder of Hugging Face weights")
-    if complete_folders(dst):
+    storage = open_storage(dst)
+    if complete_folders(storage):
         raise ValueError(f"{dst}: holds checkpoints already; give a new folder")
     hf = json.loads((src / "config.json").read_text())
     config = from_hf_config(hf)
@@ -69,23 +70,21 @@ def import_hf(src: Path, dst: Path) -> Imported:
         "config": {"model": asdict(config)},
         "hf": {key: hf[key] for key in KEPT_FIELDS if key in hf},
     }
-    write_checkpoint(
-        dst, 0, chunks, meta, peers=Peers(None), config=CheckpointConfig(dir=str(dst), keep=0)
-    )
+    folder = write_tensors(storage, 0, chunks, meta)
     model_file = _write_model_file(src, dst, config)
     for file in TOKENIZER_FILES:
         if (src / file).is_file():
             shutil.copyfile(src / file, dst / file)
     tokenizer = dst / "tokenizer.json"
     return Imported(
-        checkpoint=dst / folder_name(0),
+        checkpoint=dst / folder,
         model_file=model_file,
         tokenizer=tokenizer if tokenizer.is_file() else None,
     )
 
 
-def export_hf(src: Path, dst: Path, *, dtype: str = "bf16") -> Path:
-    """Write the checkpoint `src` (a step's folder, or the newest in a folder of them) for
+def export_hf(src: Path | str, dst: Path, *, dtype: str = "bf16") -> Path:
+    """Write the checkpoint `src` (a step's folder, or the newest in a folder of them; or a URL) for
     Hugging Face: config.json, safetensors files with an index, and the tokenizer if it is found.
 
     Raises:
@@ -96,12 +95,14 @@ def export_hf(src: Path, dst: Path, *, dtype: str = "bf16") -> Path:
         raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
     if dst.exists() and any(dst.iterdir()):
         raise ValueError(f"{dst}: is not empty; give a new folder")
-    folder = _checkpoint_folder(src)
-    manifest = read_manifest(folder)
-    reason = check_files(folder, manifest, manifest.files)
-    if reason is not None:
-        raise ValueError(f"{folder}: {reason}")
-    config = _model_config(folder, manifest.meta)
+    place = find(str(src))
+    folder = place.one()
+    where = place.url(folder)
+    try:
+        manifest = read_manifest(place.storage, folder)
+    except BrokenCheckpointError as error:
+        raise ValueError(f"{where}: {error}") from error
+    config = _model_config(where, manifest.meta)
     hf = to_hf_config(
         config,
         dtype=str(DTYPES[dtype]).removeprefix("torch."),
@@ -109,8 +110,14 @@ def export_hf(src: Path, dst: Path, *, dtype: str = "bf16") -> Path:
     )
     hf |= {key: value for key, value in manifest.meta.get("hf", {}).items() if key not in hf}
     dst.mkdir(parents=True, exist_ok=True)
-    write_weights(folder, dst, config, dtype=DTYPES[dtype])
-    tokenizer = _tokenizer_folder(folder, manifest.meta)
+    try:
+        source = StorageSource(place.storage, folder, manifest)
+        write_weights(source, dst, config, dtype=DTYPES[dtype])
+    except ValueError as error:
+        shutil.rmtree(dst)  # it was empty: half a model is of no use
+        raise ValueError(f"{where}: {error}") from error
+    root = place.storage.local
+    tokenizer = _tokenizer_folder([root / folder, root] if root else [], manifest.meta)
     for file in TOKENIZER_FILES:
         if tokenizer is not None and (tokenizer / file).is_file():
             shutil.copyfile(tokenizer / file, dst / file)
@@ -129,21 +136,12 @@ def _write_model_file(src: Path, dst: Path, config: ModelConfig) -> Path:
     return path
 
 
-def _checkpoint_folder(src: Path) -> Path:
-    if (src / MANIFEST).is_file():
-        return src
-    folders = complete_folders(src)
-    if not folders:
-        raise ValueError(f"{src}: no complete checkpoint there")
-    return folders[max(folders)]
-
-
-def _model_config(folder: Path, meta: Mapping[str, Any]) -> ModelConfig:
+def _model_config(where: str, meta: Mapping[str, Any]) -> ModelConfig:
     try:
         fields = dict(meta["config"]["model"])
         return ModelConfig(**fields | {"rope_scaling": RopeScalingConfig(**fields["rope_scaling"])})
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: its manifest does not describe a model ({error!r})") from None
+        raise ValueError(f"{where}: its manifest does not describe a model ({error!r})") from None
 
 
 def _max_seq_len(config: ModelConfig, meta: Mapping[str, Any]) -> int:
@@ -154,10 +152,10 @@ def _max_seq_len(config: ModelConfig, meta: Mapping[str, Any]) -> int:
     return int(imported or trained or scaling.factor * scaling.original_max_seq_len)
 
 
-def _tokenizer_folder(folder: Path, meta: Mapping[str, Any]) -> Path | None:
+def _tokenizer_folder(beside: Sequence[Path], meta: Mapping[str, Any]) -> Path | None:
     """Where the tokenizer.json lies: by the checkpoint, or where the run read it."""
     data = meta["config"].get("data", {})
-    places = [folder, folder.parent]
+    places = [*beside]
     if data.get("tokenizer"):
         places.append(Path(data["tokenizer"]).parent)
     elif data.get("dir"):

@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from phalanx.checkpoint.chunks import plain_chunk
-from phalanx.checkpoint.planner import read_chunks, stored_tensors
+from phalanx.checkpoint.peers import CheckpointError, Peers
+from phalanx.checkpoint.reshard import load
+from phalanx.checkpoint.reshard_plan import stored_tensors
+from phalanx.checkpoint.sources import Source
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.model.transformer import Transformer, parameter_name
 
@@ -109,13 +112,17 @@ def _places(src: Path) -> dict[str, Path]:
     return places
 
 
-def write_weights(folder: Path, dst: Path, config: ModelConfig, *, dtype: torch.dtype) -> None:
-    """Read and write the model one output file at a time."""
+def write_weights(source: Source, dst: Path, config: ModelConfig, *, dtype: torch.dtype) -> None:
+    """Read and write the model one output file at a time.
+
+    Raises:
+        ValueError: tensors are missing, differ in shape, or are damaged; names them.
+    """
     shapes = parameter_shapes(config)
-    stored = stored_tensors(folder)
+    stored = stored_tensors(source.parts())
     missing = [name for name in shapes if f"model.{name}" not in stored]
     if missing:
-        raise ValueError(f"{folder}: lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+        raise ValueError(f"it lacks {len(missing)} tensors: {', '.join(missing[:5])}")
     files = _split(shapes, dtype.itemsize)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
@@ -126,7 +133,10 @@ def write_weights(folder: Path, dst: Path, config: ModelConfig, *, dtype: torch.
         )
         tensors = {name: torch.empty(shapes[name], dtype=dtype) for name in names}
         chunks = {f"model.{name}": plain_chunk(tensor) for name, tensor in tensors.items()}
-        read_chunks(folder, chunks, group=None)
+        try:
+            load(source, chunks, peers=Peers(None))
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
         save_file(
             {hf_name(name): tensor for name, tensor in tensors.items()},
             dst / file,

@@ -50,8 +50,7 @@ def record(ranks: Ranks, config: Config, folder: Path, *, first: int, save_at: i
         source = batch_source(config, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
         checkpoints = CheckpointManager(
             config.checkpoint,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            ranks=ranks,
             on_event=lambda event, fields: None,
         )
         if first:

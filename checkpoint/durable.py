@@ -1,0 +1,135 @@
+"""Writing a committed snapshot to storage: from the holders' memory, complete or not there.
+
+The holders write the files, each its node's; the first ranks of the nodes agree, phase by phase,
+and rank 0 commits with the manifest. A full disk under one node is an error on every node and never
+a hang, and what stood before still counts.
+"""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from phalanx.checkpoint.epoch import Place, storage_settings
+from phalanx.checkpoint.folders import prepare_folder, prune
+from phalanx.checkpoint.manifest import StoredParity, StoredPart, new_manifest, write_manifest
+from phalanx.checkpoint.peers import CheckpointError, Peers
+from phalanx.checkpoint.snapshot import Taken
+from phalanx.checkpoint.storage import Storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What a finished save did."""
+
+    step: int
+    seconds: float
+    """Time from the start of writing to the end of deleting."""
+    bytes: int
+    """Size of all files."""
+    deleted: list[str]
+    """Names of the older folders that were deleted."""
+    not_deleted: list[str]
+    """Why older folders could not be deleted."""
+    time: float
+    """Unix seconds of the commit."""
+
+
+def write_durable(
+    taken: Taken,
+    *,
+    storage: Storage,
+    place: Place,
+    peers: Peers,
+    rejected: Callable[[], Collection[int]],
+) -> Saved:
+    """Write and commit the checkpoint of a pinned snapshot, then prune; on the nodes' first ranks.
+
+    Args:
+        peers: those ranks; they all call it.
+        rejected: steps whose checkpoints are known to be broken.
+
+    Raises:
+        CheckpointError: on every rank, where one failed.
+    """
+    start = time.perf_counter()
+    config, step = place.config, taken.step
+
+    def prepare() -> str | None:
+        if peers.rank != 0:
+            return None
+        return prepare_folder(storage, step)
+
+    folder = peers.agree("prepare the folder", prepare)[0]
+    assert folder is not None
+
+    def write() -> dict[str, Any]:
+        client = place.connect()
+        try:
+            return client.drain(
+                taken.epoch.name,
+                taken.slot,
+                step,
+                url=str(storage.local.absolute()) if storage.local else config.dir,
+                folder=folder,
+                storage=storage_settings(config),
+            )
+        finally:
+            client.close()
+
+    answers = peers.agree("write", write)
+    parts = [StoredPart.from_json(item) for answer in answers for item in answer["parts"]]
+    parity = [StoredParity.from_json(item) for answer in answers for item in answer["parity"]]
+
+    def commit() -> tuple[list[str], list[str]]:
+        if peers.rank != 0:
+            return [], []
+        _check_all_here(storage, folder, [*parts, *parity])
+        manifest = new_manifest(
+            step=step,
+            meta=taken.meta,
+            parts=parts,
+            parity=parity,
+            groups=taken.epoch.groups if parity else (),
+            num_parity=place.num_parity if parity else 0,
+            world_size=len(taken.epoch.tables),
+        )
+        write_manifest(storage, folder, manifest)
+        return prune(
+            storage,
+            saved=step,
+            keep=config.keep,
+            keep_every=config.keep_every,
+            rejected=rejected(),
+        )
+
+    deleted, not_deleted = peers.agree("commit", commit)[0]
+    return Saved(
+        step=step,
+        seconds=time.perf_counter() - start,
+        bytes=sum(item.size for item in [*parts, *parity]),
+        deleted=deleted,
+        not_deleted=not_deleted,
+        time=time.time(),
+    )
+
+
+def _check_all_here(storage: Storage, folder: str, files: list[StoredPart | StoredParity]) -> None:
+    """Look for every node's files: a disk of each node's own would hold only some of them.
+
+    Raises:
+        CheckpointError: one is not here, or not whole.
+    """
+    for item in files:
+        try:
+            size = storage.size(f"{folder}/{item.file}")
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"checkpoint.dir={storage.url}: not shared by all nodes: node {item.member}'s file "
+                f"{item.file} is not here; use a folder that every node sees"
+            ) from None
+        if size != item.size:
+            raise CheckpointError(
+                f"checkpoint.dir={storage.url}: node {item.member}'s file {item.file} has {size} "
+                f"bytes here instead of {item.size}; use a folder that every node sees"
+            )

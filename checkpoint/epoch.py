@@ -1,0 +1,200 @@
+"""One set-up of every node's holder: who keeps what, in which memory, protected by which groups.
+
+Every start of a job opens a new one. What the one before holds stays until the new one has its
+first committed snapshot.
+"""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from phalanx.checkpoint.chunks import Chunk
+from phalanx.checkpoint.config import CheckpointConfig
+from phalanx.checkpoint.copier import Copier
+from phalanx.checkpoint.format import PartTable
+from phalanx.checkpoint.holder_client import HolderClient, start_holder
+from phalanx.checkpoint.host_memory import check_host_memory
+from phalanx.checkpoint.nodes import Node
+from phalanx.checkpoint.peers import Peers
+from phalanx.checkpoint.placement import make_groups
+from phalanx.checkpoint.shares import share
+from phalanx.checkpoint.torch_types import name_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Whose holders, and how they are used."""
+
+    config: CheckpointConfig
+    job: str
+    """Name of the job's holders; the same at every start of the same run."""
+    node: Node
+    log_dir: Path | None
+    """Where holders write what they have to say."""
+
+    @property
+    def slots(self) -> int:
+        """Generations: the committed one, the next, and one that goes to storage meanwhile."""
+        config = self.config
+        return 3 if config.snapshot.every and (config.every or config.save_last) else 2
+
+    @property
+    def populated(self) -> int:
+        """Generations whose memory is taken at once; the others take it when they are used."""
+        return 2 if self.config.snapshot.every else 1
+
+    @property
+    def num_parity(self) -> int:
+        """Nodes of a group that may be lost; checkpoints alone are not protected."""
+        return self.config.snapshot.num_parity if self.config.snapshot.every else 0
+
+    def start_holder(self) -> HolderClient:
+        """This node's holder, started if there is none."""
+        node = self.node
+        log = self.log_dir and self.log_dir / f"holder{node.number}.log"
+        start_holder(self.job, node.on_machine, linger_s=self.config.snapshot.linger_s, log=log)
+        return self.connect()
+
+    def connect(self) -> HolderClient:
+        """This node's holder.
+
+        Raises:
+            HolderGone: there is none.
+        """
+        return HolderClient.connect(self.job, self.node.on_machine)
+
+
+@dataclass(kw_only=True)
+class Epoch:
+    """An epoch as this rank sees it."""
+
+    name: str
+    tables: list[PartTable]
+    """The part of every rank."""
+    table: PartTable
+    """This rank's."""
+    groups: list[tuple[int, ...]]
+    warnings: list[str]
+    """Of the placement."""
+    client: HolderClient
+    """Of the thread that takes snapshots."""
+    memory: list[memoryview] = field(repr=False)
+    """This rank's part, by slot."""
+    offered: frozenset[str]
+    """Names of all that this rank had to give, copies of what others keep included."""
+    first: bool = True
+    """Whether no snapshot of it was committed so far."""
+
+    def sources(self, locals_: Mapping[str, Tensor]) -> list[Tensor]:
+        """This rank's tensors in the order of its part."""
+        return [locals_[entry.name] for entry in self.table.entries]
+
+    def fits(self, chunks: Mapping[str, Chunk]) -> bool:
+        """Whether the chunks are those that the epoch was opened for."""
+        if chunks.keys() != self.offered:
+            return False
+        return all(
+            (tuple(chunk.offsets), tuple(chunk.local.shape), name_of(chunk.local.dtype))
+            == (entry.box.offsets, entry.box.sizes, entry.info.dtype)
+            for entry in self.table.entries
+            for chunk in (chunks[entry.name],)
+        )
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self.memory.clear()
+        self.client.close()
+
+
+def open_epoch(chunks: Mapping[str, Chunk], *, place: Place, peers: Peers, copier: Copier) -> Epoch:
+    """Set up all holders for snapshots of `chunks`; collective.
+
+    Raises:
+        CheckpointError: on every rank, where one node has too little memory or no holder.
+        ValueError: the nodes cannot be protected as asked.
+    """
+    node = place.node
+    tables = share(chunks, peers=peers)
+    groups, warnings = make_groups(
+        node.racks, parity=place.num_parity, group_size=place.config.snapshot.group_size
+    )
+
+    def start() -> tuple[str, str, Any]:
+        address = None
+        if node.leader:
+            needed = sum(tables[rank].nbytes for rank in node.ranks_of(node.number))
+            check_host_memory(needed, place=place, group=_group_of(groups, node.number))
+            client = place.start_holder()
+            if place.num_parity:
+                address = client.listen(node.host)
+            client.close()
+        return secrets.token_hex(8), secrets.token_hex(32), address
+
+    answers = peers.agree("start the snapshots' holders", start)
+    name, token, _ = answers[0]
+    spec = {
+        "epoch": name,
+        "token": token,
+        "parity": place.num_parity,
+        "slots": place.slots,
+        "groups": [list(group) for group in groups],
+        "nodes": [
+            {"address": answers[node.ranks_of(number)[0]][2], "ranks": node.ranks_of(number)}
+            for number in range(node.count)
+        ],
+        "parts": [table.to_json() for table in tables],
+    }
+
+    def open_here() -> None:
+        if node.leader:
+            client = place.connect()
+            client.open(spec, member=node.number, populate=place.populated)
+            client.close()
+
+    peers.agree("reserve memory for snapshots", open_here)
+    attached: list[tuple[HolderClient, list[memoryview]]] = []
+    peers.agree(
+        "attach to the snapshots' memory",
+        partial(_attach, attached, place=place, epoch=name, rank=peers.rank, copier=copier),
+    )
+    client, memory = attached[0]
+    return Epoch(
+        name=name,
+        tables=tables,
+        table=tables[peers.rank],
+        groups=groups,
+        warnings=warnings,
+        client=client,
+        memory=memory,
+        offered=frozenset(chunks),
+    )
+
+
+def _attach(
+    attached: list[tuple[HolderClient, list[memoryview]]],
+    *,
+    place: Place,
+    epoch: str,
+    rank: int,
+    copier: Copier,
+) -> None:
+    client = place.connect()
+    memory = client.attach(epoch, rank)
+    copier.unpin()
+    for view in memory:
+        copier.pin(view)
+    attached.append((client, memory))
+
+
+def _group_of(groups: list[tuple[int, ...]], member: int) -> tuple[int, ...]:
+    return next(group for group in groups if member in group)
+
+
+def storage_settings(config: CheckpointConfig) -> dict[str, Any]:
+    """Settings of the storage as a holder is told."""
+    return asdict(config.storage)

@@ -1,0 +1,300 @@
+"""How ranks and tools speak to the holder of their node.
+
+A rank attaches to its part's memory and fills it, then the holders protect it; see `holder_epoch`
+for the rules. Torch-free.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phalanx.checkpoint.holder_memory import map_memory
+from phalanx.checkpoint.holder_socket import all_sockets, same_user, socket_path
+from phalanx.checkpoint.holder_spec import HolderError
+from phalanx.checkpoint.transport import receive, send
+
+START_S = 30.0
+"""Seconds that a holder may take to start, or one that ends to be gone."""
+TAKEN = 3
+"""Exit code of a holder where there was one already."""
+
+__all__ = ["HolderClient", "HolderError", "HolderGone", "find_holders", "start_holder"]
+
+
+class HolderGone(ConnectionError):
+    """There is no holder, or it has died."""
+
+
+def start_holder(job: str, node: int, *, linger_s: float, log: Path | None) -> None:
+    """Start the holder of a node, if there is none; returns when it answers.
+
+    Args:
+        linger_s: seconds that it stays when all its ranks are gone.
+        log: the file that it writes what it has to say to.
+
+    Raises:
+        HolderError: it does not start; says why.
+        ValueError: see `socket_path`.
+        PermissionError: see `socket_path`.
+    """
+    command = [sys.executable, "-P", "-m", "phalanx.checkpoint.holder"]
+    command += ["--job", job, "--node", str(node), "--linger", str(linger_s)]
+    command += ["--log", str(log.absolute())] if log is not None else []
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            HolderClient.connect(job, node).close()
+            return
+        except HolderGone:
+            pass
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode == TAKEN and time.monotonic() < deadline:
+            time.sleep(0.02)  # it is about to answer, or about to end
+        elif done.returncode:
+            why = done.stderr.strip() or f"exit code {done.returncode}"
+            raise HolderError(f"the holder of {job}, node {node}, does not start: {why}")
+
+
+def find_holders() -> list[tuple[str, int]]:
+    """(job, node) of this user's holders on this machine.
+
+    Raises:
+        PermissionError: see `socket_path`.
+    """
+    found = []
+    for job, node in all_sockets():
+        try:
+            HolderClient.connect(job, node).close()
+        except HolderGone:
+            continue
+        found.append((job, node))
+    return found
+
+
+class HolderClient:
+    """One connection to a holder, for one thread at a time.
+
+    Every method raises HolderGone when the holder is dead, and HolderError when it cannot do what
+    it is asked.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._begun: dict[tuple[str, int], int] = {}
+
+    @staticmethod
+    def connect(job: str, node: int) -> "HolderClient":
+        """Connect to the holder of a job's node on this machine.
+
+        Raises:
+            HolderGone: there is none.
+            PermissionError: it is another user's.
+        """
+        path = socket_path(job, node)
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(str(path))
+            if not same_user(sock):
+                raise PermissionError(f"{path} belongs to another user's process")
+        except (FileNotFoundError, ConnectionError) as error:
+            sock.close()
+            raise HolderGone(f"no holder of {job}, node {node}: {error}") from None
+        except BaseException:
+            sock.close()
+            raise
+        return HolderClient(sock)
+
+    def close(self) -> None:
+        """Hang up. What this client attached stays mapped as long as somebody has its views."""
+        self._sock.close()
+
+    # --- of any process ---------------------------------------------------------------------------
+
+    def inventory(self) -> dict[str, Any]:
+        """What the holder holds.
+
+        {"pid", "address": [host, port] or None, "epochs": oldest first, [{"epoch", "spec",
+        "frozen": whether a later one was opened, "members": {"0": {"slots": [{"slot", "step",
+        "state": empty, filling, complete, committed or damaged, "meta", "digest" of this member's
+        data, "digests" of all members' once committed, "data_ok", "parity_ok"}]}}}]}
+        """
+        return dict(self._call("inventory"))
+
+    def verify(self, epoch: str, member: int, slot: int) -> bool:
+        """Whether a member's data still has its digest; where not, it counts as damaged."""
+        return bool(self._call("verify", epoch=epoch, member=member, slot=slot))
+
+    def attach_member(self, epoch: str, member: int, rank: int, slot: int) -> memoryview:
+        """A rank's part in a whole snapshot, to be read."""
+        nbytes, fds = self._call_for_fds("read", epoch=epoch, member=member, rank=rank, slot=slot)
+        return _mapped([nbytes], fds, write=False, populate=[False])[0]
+
+    # --- of one rank a node -----------------------------------------------------------------------
+
+    def listen(self, host: str) -> list[Any]:
+        """Let other nodes' holders connect, at this address of the machine; [host, port]."""
+        return list(self._call("listen", host=host))
+
+    def open(self, spec: Mapping[str, Any], *, member: int, populate: int) -> None:
+        """Begin an epoch; those before it keep what is whole, and nothing more is done in them.
+
+        Args:
+            spec: the same on every node: {"epoch": its name, "token": a secret of the job,
+                "parity": members of a group that may be lost, "slots": generations, "groups":
+                [[member, ...], ...], "nodes": by member, [{"address": what `listen` gave or None,
+                "ranks": [rank, ...]}], "parts": PartTable.to_json() by rank}.
+            member: which of the nodes this is.
+            populate: generations whose memory is taken now; the others' is when it is written.
+        """
+        self._call("open", spec=spec, member=member, populate=populate)
+
+    def protect(self, epoch: str, slot: int, step: int) -> dict[str, Any]:
+        """Wait until all the node's ranks have filled their parts, and their parity is where it
+        belongs: {"digest": of the node's data, "encode_s", "sent_s", "sent_bytes"}."""
+        return dict(self._call("protect", epoch=epoch, slot=slot, step=step))
+
+    def commit(
+        self, epoch: str, slot: int, step: int, *, digests: Sequence[int], meta: Mapping[str, Any]
+    ) -> None:
+        """Say that `protect` has returned on every node.
+
+        Args:
+            digests: what it gave, by member.
+            meta: what the trainer wants to know when it comes back.
+        """
+        self._call(
+            "commit", epoch=epoch, slot=slot, step=step, digests=list(digests), meta=dict(meta)
+        )
+
+    def rebuild(
+        self,
+        spec: Mapping[str, Any],
+        *,
+        member: int,
+        step: int,
+        meta: Mapping[str, Any],
+        digests: Sequence[int],
+        sources: Mapping[int, Sequence[Any]],
+    ) -> None:
+        """Make a lost member's data and parity of a committed step; this holder has it then.
+
+        Args:
+            spec: the epoch's.
+            meta, digests: those of the commit, as another member's slot has them.
+            sources: address, as `listen` gave it, of the holder of each member that is left.
+        """
+        self._call(
+            "rebuild",
+            spec=spec,
+            member=member,
+            step=step,
+            meta=dict(meta),
+            digests=list(digests),
+            sources={str(other): list(address) for other, address in sources.items()},
+        )
+
+    def drain(
+        self,
+        epoch: str,
+        slot: int,
+        step: int,
+        *,
+        url: str,
+        folder: str,
+        storage: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Write the files of all members that this holder has to storage; asked again after a
+        failure, it writes those that are not there yet.
+
+        Args:
+            folder: below `url`.
+            storage: StorageConfig's fields.
+
+        Returns:
+            {"parts": [StoredPart as JSON], "parity": [StoredParity as JSON], "seconds", "bytes"}
+        """
+        return dict(
+            self._call(
+                "drain",
+                epoch=epoch,
+                slot=slot,
+                step=step,
+                url=url,
+                folder=folder,
+                storage=dict(storage),
+            )
+        )
+
+    def forget(self, epoch: str) -> None:
+        """Let go of all that is held of an epoch; nothing happens where there is none."""
+        self._call("forget", epoch=epoch)
+
+    def finish(self) -> None:
+        """End the holder, and with it all that it holds."""
+        self._call("finish")
+
+    # --- of every rank ----------------------------------------------------------------------------
+
+    def attach(self, epoch: str, rank: int) -> list[memoryview]:
+        """The memory of a rank's part, by slot. While this client is connected, the rank lives."""
+        value, fds = self._call_for_fds("attach", epoch=epoch, rank=rank)
+        return _mapped(value["lengths"], fds, write=True, populate=value["populated"])
+
+    def begin(self, epoch: str, slot: int, step: int) -> None:
+        """Before the slot's memory is written: it belongs to this step's snapshot from now on.
+
+        All ranks of a node say so; steps only grow in an epoch. The newest committed snapshot is
+        never overwritten: this waits for the one after it to be committed here, then gives up.
+        """
+        self._call("begin", epoch=epoch, slot=slot, step=step)
+        self._begun[epoch, slot] = step
+
+    def filled(self, epoch: str, rank: int, slot: int, nbytes: int) -> None:
+        """So many bytes of the rank's part are there; also said once of a part of no bytes."""
+        if (epoch, slot) not in self._begun:
+            raise HolderError(f"slot {slot} was filled, but not begun by this client")
+        step = self._begun[epoch, slot]
+        self._call("filled", epoch=epoch, rank=rank, slot=slot, step=step, bytes=nbytes)
+
+    # --- the line ---------------------------------------------------------------------------------
+
+    def _call(self, name: str, **arguments: Any) -> Any:
+        value, fds = self._call_for_fds(name, **arguments)
+        assert not fds, name
+        return value
+
+    def _call_for_fds(self, name: str, **arguments: Any) -> tuple[Any, list[int]]:
+        try:
+            send(self._sock, {"do": name, **arguments})
+            answer, fds = receive(self._sock)
+        except OSError as error:
+            self._sock.close()
+            raise HolderGone(f"the holder has died ({error})") from None
+        except BaseException:
+            self._sock.close()  # the answer to this would be taken for the next one's
+            raise
+        if "error" in answer:
+            raise HolderError(answer["error"])
+        return answer.get("value"), fds
+
+
+def _mapped(
+    lengths: Sequence[int], fds: Sequence[int], *, write: bool, populate: Sequence[bool]
+) -> list[memoryview]:
+    """Memory that was sent: one descriptor for each length that is not 0."""
+    left = iter(fds)
+    try:
+        return [
+            map_memory(next(left), nbytes, write=write, populate=now)
+            if nbytes
+            else memoryview(bytearray())
+            for nbytes, now in zip(lengths, populate, strict=True)
+        ]
+    finally:
+        for fd in fds:
+            os.close(fd)

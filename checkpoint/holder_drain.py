@@ -1,0 +1,182 @@
+"""Writing a committed snapshot to storage from the holder, so that no rank waits for it.
+
+Torch-free.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import xxhash
+
+from phalanx.checkpoint.config import StorageConfig
+from phalanx.checkpoint.holder_epoch import ALIVE_S, HolderEpoch
+from phalanx.checkpoint.holder_slots import Generation, Member
+from phalanx.checkpoint.holder_spec import HolderError
+from phalanx.checkpoint.manifest import StoredParity, StoredPart
+from phalanx.checkpoint.part_file import write_part
+from phalanx.checkpoint.storage import Storage, open_storage
+from phalanx.checkpoint.transport import CHUNK_BYTES
+
+FILES_AT_ONCE = 4
+JOBS_KEPT = 4
+"""Jobs whose outcome is remembered, for who asks again."""
+
+logger = logging.getLogger(__name__)
+Key = tuple[str, int, int, str, str]
+Stored = StoredPart | StoredParity
+
+
+class Drains:
+    """All that this holder writes or has written to storage."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: dict[Key, _Job] = {}
+
+    @property
+    def running(self) -> bool:
+        """Whether something is being written."""
+        with self._lock:
+            return any(job.running for job in self._jobs.values())
+
+    def drain(
+        self, epoch: HolderEpoch, request: Mapping[str, Any], *, alive: Callable[[], bool]
+    ) -> dict[str, Any]:
+        """Write the files of all members held here; asked again, it goes on where it stopped.
+
+        The writing goes on when who asked is gone.
+
+        Raises:
+            HolderError: the snapshot is not whole, or cannot be written.
+            ConnectionError: not `alive`.
+        """
+        key: Key = (
+            epoch.spec.epoch,
+            int(request["slot"]),
+            int(request["step"]),
+            str(request["url"]),
+            str(request["folder"]),
+        )
+        with self._lock:
+            job = self._jobs.pop(key, None) or _Job(epoch, key)
+            self._jobs[key] = job
+            job.start(StorageConfig(**request["storage"]))
+            ended = [key for key, job in self._jobs.items() if not job.running]
+            for old in ended[:-JOBS_KEPT]:
+                del self._jobs[old]
+        return job.wait(alive)
+
+    def forget(self, epoch: str) -> None:
+        """Forget what was done for an epoch."""
+        with self._lock:
+            for key in [key for key in self._jobs if key[0] == epoch]:
+                if not self._jobs[key].running:
+                    del self._jobs[key]
+
+
+class _Job:
+    """One snapshot on its way to one folder."""
+
+    def __init__(self, epoch: HolderEpoch, key: Key) -> None:
+        self._epoch: HolderEpoch | None = epoch
+        _, self._slot, self._step, self._url, self._folder = key
+        self._stored: dict[str, Stored] = {}
+        self._seconds = 0.0
+        self._error: str | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it is on its way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, config: StorageConfig) -> None:
+        """Write what is not written yet, in a thread; nothing where that is done or under way."""
+        if self.running or self._epoch is None:
+            return
+        self._error = None
+        self._thread = threading.Thread(target=self._run, args=(config,), name="drain", daemon=True)
+        self._thread.start()
+
+    def wait(self, alive: Callable[[], bool]) -> dict[str, Any]:
+        """What was written, once it is."""
+        assert self._thread is not None
+        while self._thread.is_alive():
+            self._thread.join(ALIVE_S)
+            if self._thread.is_alive() and not alive():
+                raise ConnectionAbortedError("nobody waits for the answer")
+        if self._error is not None:
+            raise HolderError(self._error)
+        stored = [self._stored[file] for file in sorted(self._stored)]
+        return {
+            "parts": [item.to_json() for item in stored if isinstance(item, StoredPart)],
+            "parity": [item.to_json() for item in stored if isinstance(item, StoredParity)],
+            "seconds": self._seconds,
+            "bytes": sum(item.size for item in stored),
+        }
+
+    def _run(self, config: StorageConfig) -> None:
+        start = time.perf_counter()
+        epoch = self._epoch
+        assert epoch is not None
+        try:
+            storage = open_storage(self._url, config)
+            numbers = epoch.holders_of(self._slot, self._step)
+            if not numbers:
+                raise HolderError(f"step {self._step} is not in slot {self._slot}")
+            for number in numbers:
+                with epoch.reading(self._slot, number, self._step) as generation:
+                    self._write(storage, epoch.members[number], generation)
+            self._epoch = None  # done: the memory may go
+        except Exception as error:
+            logger.warning("step %d was not written: %s", self._step, error)
+            self._error = (
+                str(error) if isinstance(error, HolderError) else f"{self._folder}: {error}"
+            )
+        self._seconds += time.perf_counter() - start
+
+    def _write(self, storage: Storage, member: Member, generation: Generation) -> None:
+        slot = generation.slot
+
+        def part(rank: int) -> Stored:
+            table, view = member.spec.table(rank), slot.data[rank].view
+            entries = table.entries
+            path = f"{self._folder}/part-{rank:05d}.safetensors"
+
+            def read(index: int) -> memoryview:
+                return view[entries[index].begin :][: entries[index].nbytes]
+
+            return write_part(storage, path, table, read, member=member.number)
+
+        def parity(_: int) -> Stored:
+            file, digest = f"parity-{member.number:05d}.bin", xxhash.xxh3_64()
+            pieces = _hashed(slot.parity.view, digest)
+            size = storage.write(f"{self._folder}/{file}", pieces)
+            return StoredParity(
+                file=file, size=size, xxh3_64=digest.hexdigest(), member=member.number
+            )
+
+        tasks = {f"part-{rank:05d}": (part, rank) for rank in member.ranks}
+        if member.peers:
+            tasks[f"parity-{member.number:05d}"] = (parity, 0)
+        left = {name: task for name, task in tasks.items() if name not in self._stored}
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            futures = {name: pool.submit(how, rank) for name, (how, rank) in left.items()}
+            errors = [future.exception() for future in futures.values()]
+        for name, future in futures.items():
+            if future.exception() is None:
+                self._stored[name] = future.result()
+        for error in errors:
+            if error is not None:
+                raise error
+
+
+def _hashed(view: memoryview, digest: Any) -> Iterator[memoryview]:
+    for at in range(0, len(view), CHUNK_BYTES):
+        piece = view[at : at + CHUNK_BYTES]
+        digest.update(piece)
+        yield piece

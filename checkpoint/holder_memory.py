@@ -1,0 +1,66 @@
+"""Memory that several processes map and no file system shows: it is gone with the last of them.
+
+Torch-free.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+
+
+class Memory:
+    """So many bytes, zeros at first; others map them by the file descriptor that they are sent."""
+
+    def __init__(self, nbytes: int, *, name: str, populate: bool) -> None:
+        """
+        Args:
+            name: shown in /proc/PID/maps.
+            populate: take the memory now; without, each page is taken when it is first written.
+
+        Raises:
+            MemoryError: there is not so much.
+        """
+        self.nbytes = nbytes
+        self.populated = populate
+        self.fd = -1
+        self.view = memoryview(b"")
+        if not nbytes:
+            return
+        self.fd = os.memfd_create(name[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, nbytes)
+            # A process that cuts the memory short would kill every other that touches it.
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
+            if populate:
+                os.posix_fallocate(self.fd, 0, nbytes)
+            self.view = map_memory(self.fd, nbytes, write=True, populate=populate)
+        except OSError as error:
+            self.close()
+            if error.errno not in (errno.ENOMEM, errno.ENOSPC):
+                raise
+            raise MemoryError(
+                f"{nbytes} bytes of host memory for {name} cannot be had: {error.strerror}"
+            ) from error
+
+    def close(self) -> None:
+        """No longer give it to others; it is freed with the last view of it, here or elsewhere."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def map_memory(fd: int, nbytes: int, *, write: bool, populate: bool) -> memoryview:
+    """Memory that was sent, in this process; `fd` may be closed then.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    mapped = mmap.mmap(
+        fd,
+        nbytes,
+        flags=mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0),
+        prot=mmap.PROT_READ | (mmap.PROT_WRITE if write else 0),
+    )
+    return memoryview(mapped)

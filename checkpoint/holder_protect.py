@@ -1,0 +1,113 @@
+"""The threads that protect an epoch's snapshots: one that hashes, one for each member to push to.
+
+Torch-free.
+"""
+
+import socket
+import threading
+from functools import partial
+
+from phalanx.checkpoint.holder_epoch import HolderEpoch
+from phalanx.checkpoint.holder_fold import Folder, Incoming
+from phalanx.checkpoint.holder_push import Sender
+from phalanx.checkpoint.holder_slots import Generation, combined
+from phalanx.checkpoint.transport import CHUNK_BYTES
+
+HASH_BYTES = 4 * CHUNK_BYTES
+"""Bytes that are hashed between two looks whether the snapshot still counts."""
+
+
+class Protection:
+    """Keeps an epoch's own member protected until the epoch is over."""
+
+    def __init__(self, epoch: HolderEpoch) -> None:
+        assert epoch.own is not None
+        self.epoch = epoch
+        self._folder = Folder(epoch) if epoch.own.peers else None
+        self._senders = [Sender(epoch, peer) for peer in epoch.own.peers]
+        self._incoming: set[Incoming] = set()
+        self._lock = threading.Lock()
+        epoch.on_failed = self._tell
+        for sender in self._senders:
+            threading.Thread(target=sender.run, name="push", daemon=True).start()
+        threading.Thread(target=self._keep, name="keep", daemon=True).start()
+
+    def serve(self, sock: socket.socket, source: int) -> None:
+        """Take a member's pushes, until its connection ends."""
+        assert self.epoch.own is not None
+        if self._folder is None or source not in self.epoch.own.peers:
+            sock.close()
+            return
+        incoming = Incoming(sock, self.epoch, self._folder, source=source)
+        with self._lock:
+            self._incoming.add(incoming)
+        try:
+            incoming.run()
+        finally:
+            with self._lock:
+                self._incoming.discard(incoming)
+
+    def hang_up(self) -> None:
+        """End all connections; when the epoch is over, so that its threads end."""
+        for sender in self._senders:
+            sender.hang_up()
+        with self._lock:
+            for incoming in self._incoming:
+                incoming.hang_up()
+
+    def _tell(self, generation: Generation) -> None:
+        assert generation.failed is not None
+        with self._lock:
+            incoming = list(self._incoming)
+        for one in incoming:
+            one.tell(generation.slot.number, generation.step, generation.failed)
+
+    # --- the thread that hashes, and finishes what is whole ---------------------------------------
+
+    def _keep(self) -> None:
+        while self._keep_one():
+            pass
+
+    def _keep_one(self) -> bool:
+        """Do one piece of work; False once the epoch is over. A function of its own, so that the
+        thread keeps nothing of a snapshot while it waits."""
+        work = self.epoch.wait_for(self._find)
+        if work is None:
+            return False
+        work()
+        return True
+
+    def _find(self) -> "partial[None] | None":
+        """Work that can be done now; with the lock."""
+        own = self.epoch.own
+        assert own is not None
+        for generation in self.epoch.filling():
+            for rank in own.ranks:
+                begin, end = generation.hashed[rank], generation.filled[rank]
+                if begin < end:
+                    return partial(self._hash, generation, rank, min(end, begin + HASH_BYTES))
+            if generation.digest is None:
+                if all(generation.filled[r] == own.spec.table(r).nbytes for r in own.ranks):
+                    return partial(self._digest, generation)
+            elif generation.sent.issuperset(own.peers) and generation.arrived.issuperset(own.peers):
+                return partial(self._finish, generation)
+        return None
+
+    def _hash(self, generation: Generation, rank: int, end: int) -> None:
+        view, begin = generation.slot.data[rank].view, generation.hashed[rank]
+        for at in range(begin, end, CHUNK_BYTES):
+            generation.hashers[rank].update(view[at : min(at + CHUNK_BYTES, end)])
+        generation.hashed[rank] = end
+
+    def _digest(self, generation: Generation) -> None:
+        own = self.epoch.own
+        assert own is not None
+        digest = combined([generation.hashers[rank].intdigest() for rank in own.ranks])
+        with self.epoch.changed:
+            generation.digest = digest
+            self.epoch.changed.notify_all()
+
+    def _finish(self, generation: Generation) -> None:
+        if self._folder is not None:
+            self._folder.finish(generation)
+        self.epoch.complete(generation)

@@ -1,0 +1,195 @@
+"""All that a holder holds, and what it does for the ranks of its node. Torch-free."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from phalanx.checkpoint.holder_drain import Drains
+from phalanx.checkpoint.holder_epoch import HolderEpoch
+from phalanx.checkpoint.holder_peers import PeerServer
+from phalanx.checkpoint.holder_protect import Protection
+from phalanx.checkpoint.holder_rebuild import rebuild
+from phalanx.checkpoint.holder_spec import HolderError, Spec
+from phalanx.checkpoint.host_memory import available_bytes
+from phalanx.checkpoint.transport import Address
+
+GIB = 2**30
+
+logger = logging.getLogger(__name__)
+
+
+class Service:
+    """All that one holder holds."""
+
+    def __init__(self, *, stop: threading.Event) -> None:
+        """`stop`: set when the holder is to end."""
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._opening = threading.Lock()
+        self._epochs: dict[str, HolderEpoch] = {}
+        self._protections: dict[str, Protection] = {}
+        self._peers = PeerServer(self)
+        self._drains = Drains()
+        self._trainers: set[object] = set()
+        self.idle_since = time.monotonic()
+        """When the last rank's connection ended; it counts while there is none."""
+        self.used = False
+        """Whether there ever was one."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether ranks are connected, or something of theirs is still being written."""
+        with self._lock:
+            return bool(self._trainers) or self._drains.running
+
+    def epoch(self, name: str) -> HolderEpoch:
+        """An epoch that is held.
+
+        Raises:
+            HolderError: it is not.
+        """
+        with self._lock:
+            if name not in self._epochs:
+                raise HolderError(f"no epoch {name} here")
+            return self._epochs[name]
+
+    def protection(self, name: str) -> Protection | None:
+        """The threads of an epoch that is in use."""
+        with self._lock:
+            return self._protections.get(name)
+
+    def tokens(self) -> dict[str, str]:
+        """By epoch."""
+        with self._lock:
+            return {name: epoch.spec.token for name, epoch in self._epochs.items()}
+
+    def join(self, connection: object) -> None:
+        """A rank is there; the holder stays as long as it is."""
+        with self._lock:
+            self._trainers.add(connection)
+            self.used = True
+
+    def leave(self, connection: object) -> None:
+        """A connection has ended."""
+        with self._lock:
+            if connection in self._trainers:
+                self._trainers.discard(connection)
+                self.idle_since = time.monotonic()
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def inventory(self) -> dict[str, Any]:
+        """See `HolderClient.inventory`."""
+        with self._lock:
+            epochs = list(self._epochs.values())
+        return {
+            "pid": os.getpid(),
+            "address": self._peers.address,
+            "epochs": [epoch.inventory() for epoch in epochs],
+        }
+
+    def listen(self, host: str) -> list[Any]:
+        """See `HolderClient.listen`."""
+        return self._peers.listen(host)
+
+    def open(self, body: Mapping[str, Any], *, member: int, populate: int) -> None:
+        """See `HolderClient.open`."""
+        spec = Spec.from_json(body)
+        if not 0 <= member < len(spec.ranks):
+            raise HolderError(f"member {member} of {len(spec.ranks)}")
+        with self._opening:
+            with self._lock:
+                known = self._epochs.get(spec.epoch)
+                older = [epoch for epoch in self._epochs.values() if epoch is not known]
+            if known is not None:
+                if known.own is None or known.own.number != member or known.frozen:
+                    raise HolderError(f"epoch {spec.epoch} was opened before, otherwise")
+                return
+            for epoch in older:
+                self._end(epoch, HolderEpoch.freeze)
+            epoch = HolderEpoch(spec, own=member)
+            _allocate(epoch, populate)
+            with self._lock:
+                self._epochs[spec.epoch] = epoch
+                self._protections[spec.epoch] = Protection(epoch)
+        logger.info("epoch %s opened as member %d of %d", spec.epoch, member, len(spec.ranks))
+
+    def rebuild(
+        self,
+        body: Mapping[str, Any],
+        *,
+        member: int,
+        step: int,
+        meta: Any,
+        digests: list[int],
+        sources: Mapping[int, Address],
+    ) -> None:
+        """See `HolderClient.rebuild`."""
+        spec = Spec.from_json(body)
+        with self._opening:
+            with self._lock:
+                epoch = self._epochs.get(spec.epoch)
+            found = rebuild(
+                epoch.spec if epoch else spec,
+                member,
+                step,
+                meta=meta,
+                digests=digests,
+                sources=sources,
+            )
+            if epoch is None:
+                epoch = HolderEpoch(spec, own=None)
+                with self._lock:  # before those that are in use: it is older
+                    self._epochs = {spec.epoch: epoch, **self._epochs}
+            epoch.adopt(found)
+        logger.info("epoch %s: member %d of step %d rebuilt", spec.epoch, member, step)
+
+    def forget(self, name: str) -> None:
+        """See `HolderClient.forget`."""
+        with self._lock:
+            epoch = self._epochs.pop(name, None)
+        if epoch is not None:
+            self._end(epoch, HolderEpoch.close)
+            self._drains.forget(name)
+            logger.info("epoch %s forgotten", name)
+
+    def drain(self, request: Mapping[str, Any], *, alive: Callable[[], bool]) -> dict[str, Any]:
+        """See `HolderClient.drain`."""
+        return self._drains.drain(self.epoch(str(request["epoch"])), request, alive=alive)
+
+    def finish(self) -> None:
+        """End the holder."""
+        self._stop.set()
+
+    def _end(self, epoch: HolderEpoch, how: Callable[[HolderEpoch], None]) -> None:
+        how(epoch)
+        with self._lock:
+            protection = self._protections.pop(epoch.spec.epoch, None)
+        if protection is not None:
+            protection.hang_up()
+
+
+def _allocate(epoch: HolderEpoch, populate: int) -> None:
+    """Give every slot its memory; `populate` of them take it at once.
+
+    Raises:
+        HolderError: there is not so much.
+    """
+    own = epoch.own
+    assert own is not None
+    needed, free = own.slot_bytes * min(populate, epoch.spec.num_slots), available_bytes()
+    if needed > free:
+        raise HolderError(
+            f"{needed / GIB:.2f} GiB of host memory are needed for {populate} generations of "
+            f"member {own.number}'s snapshots ({own.slot_bytes / GIB:.2f} GiB each, of which "
+            f"{own.stripes.parity_bytes / GIB:.2f} GiB parity), but {free / GIB:.2f} GiB are free"
+        )
+    try:
+        for number in range(epoch.spec.num_slots):
+            own.allocate(number, populate=number < populate)
+    except MemoryError as error:
+        epoch.close()
+        raise HolderError(str(error)) from error

@@ -1,0 +1,98 @@
+"""Where the holders of this user on this machine are found, and that nobody else's are.
+
+A holder's socket lies in a folder that only its user can enter; the lock beside it is held for as
+long as the holder lives. Torch-free.
+"""
+
+import fcntl
+import os
+import re
+import socket
+import stat
+import struct
+from contextlib import suppress
+from pathlib import Path
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,60}")
+"""What a job may be called: its name is part of a file's."""
+
+
+def folder() -> Path:
+    """The folder of this user's sockets; made where it lacks.
+
+    Raises:
+        PermissionError: somebody else made it, or others may enter it.
+    """
+    path = Path(f"/tmp/phalanx-{os.getuid()}")
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    info = path.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise PermissionError(
+            f"{path}: must be a folder of user {os.getuid()} that nobody else can enter (mode "
+            f"0700), but it belongs to user {info.st_uid}, mode {stat.S_IMODE(info.st_mode):04o}"
+        )
+    return path
+
+
+def socket_path(job: str, node: int) -> Path:
+    """The socket of a job's holder.
+
+    Raises:
+        ValueError: no file can have the job's name.
+        PermissionError: see `folder`.
+    """
+    if not NAME.fullmatch(job):
+        raise ValueError(
+            f"job={job!r}: must be 1 to 60 letters, digits, dots, dashes and underscores"
+        )
+    return folder() / f"{job}-{node}.sock"
+
+
+def all_sockets() -> list[tuple[str, int]]:
+    """(job, node) of every socket that there is, of holders that live or were killed.
+
+    Raises:
+        PermissionError: see `folder`.
+    """
+    found = []
+    for path in sorted(folder().glob("*.sock")):
+        job, _, node = path.stem.rpartition("-")
+        if job and node.isdigit():
+            found.append((job, int(node)))
+    return found
+
+
+def same_user(sock: socket.socket) -> bool:
+    """Whether the process at the other end of a unix socket is this user's."""
+    size = struct.calcsize("3i")
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return bool(uid == os.getuid())
+
+
+class Lock:
+    """The right to be the holder of a node; the kernel gives it back with the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+
+    def take(self) -> bool:
+        """Whether it is ours now; not where another process has it."""
+        while True:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                return False
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(self._path)):
+                    self._fd = fd
+                    return True
+            os.close(fd)  # the file was deleted between open and lock by the one before
+
+    def give_back(self) -> None:
+        """Delete the file, then let go of it."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)

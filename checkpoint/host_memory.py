@@ -1,0 +1,58 @@
+"""Whether a node has the host memory that its snapshots need, asked before training begins."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from phalanx.checkpoint.epoch import Place
+
+GIB = 2**30
+
+
+def check_host_memory(nbytes: int, *, place: "Place", group: tuple[int, ...]) -> None:
+    """Compare what this machine's snapshots will take with what is free.
+
+    Args:
+        nbytes: of one copy of the node's state.
+        group: the nodes that it is protected with.
+
+    Raises:
+        ValueError: it is too little; says how much is needed.
+    """
+    node, snapshot = place.node, place.config.snapshot
+    data_nodes = len(group) - place.num_parity
+    factor = len(group) / data_nodes
+    same_machine = node.same_machine
+    needed = int(nbytes * factor * place.slots) * same_machine
+    free = available_bytes()
+    if needed <= free:
+        return
+    nodes = f" for {same_machine} nodes on this machine" if same_machine > 1 else ""
+    setting = (
+        f"checkpoint.snapshot.every={snapshot.every}, parity={snapshot.parity}"
+        if snapshot.every
+        else f"checkpoint.every={place.config.every}"
+    )
+    raise ValueError(
+        f"{setting}: {needed / GIB:.2f} GiB of host memory are needed{nodes} "
+        f"({place.slots} generations of {nbytes * factor / GIB:.2f} GiB), but {free / GIB:.2f} GiB "
+        "are free; use more nodes, less parity, or zero.partition.states=all"
+    )
+
+
+def available_bytes() -> int:
+    """Host memory that can still be taken: the machine's, or what the container may have."""
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        with suppress(OSError, ValueError):
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return free

@@ -1,0 +1,175 @@
+"""A snapshot in the holders' memory, found again by a new start of the job and read like a file."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from phalanx.checkpoint import recovery
+from phalanx.checkpoint.epoch import Place
+from phalanx.checkpoint.format import PartTable
+from phalanx.checkpoint.holder_client import HolderClient, HolderGone
+from phalanx.checkpoint.peers import Peers
+from phalanx.checkpoint.recovery import Found
+
+
+class MemorySource:
+    """The parts of a snapshot; each is read by the ranks of the node that holds it."""
+
+    def __init__(self, found: Found, *, place: Place, client: HolderClient | None) -> None:
+        """`client`: of this rank's node, where that holds any of it; it is this source's then."""
+        self._found = found
+        self._place = place
+        self._client = client
+        self._tables = [PartTable.from_json(rows) for rows in found.spec["parts"]]
+        self._member = {
+            rank: member
+            for member, node in enumerate(found.spec["nodes"])
+            for rank in node["ranks"]
+        }
+        self._memory: dict[int, memoryview] = {}
+        for part, member in self._member.items():
+            node, slot = found.where[member]
+            if node == place.node.number:
+                assert client is not None
+                self._memory[part] = client.attach_member(found.epoch, member, part, slot)
+
+    def parts(self) -> list[PartTable]:
+        """Tables of the ranks that took the snapshot."""
+        return self._tables
+
+    def near(self, part: int) -> Sequence[int]:
+        """The ranks of the node whose memory it is in."""
+        return self._place.node.ranks_of(self._found.where[self._member[part]][0])
+
+    def read(self, part: int, index: int, out: memoryview) -> None:
+        """Copy an entry; the node's memory was compared with its digest before."""
+        entry = self._tables[part].entries[index]
+        out[:] = self._memory[part][entry.begin : entry.begin + entry.nbytes]
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._memory.clear()
+        if self._client is not None:
+            self._client.close()
+
+
+def find(
+    place: Place, peers: Peers, *, without: Collection[tuple[str, int]] = ()
+) -> tuple[Found | None, list[str]]:
+    """The newest snapshot that the nodes' holders can give, and why newer ones cannot; collective.
+
+    Nothing is read yet: see `recover`.
+    """
+
+    def ask() -> dict[str, Any] | None:
+        if not place.node.leader:
+            return None
+        try:
+            client = place.connect()
+            try:
+                return client.inventory()
+            finally:
+                client.close()
+        except HolderGone:  # there is none, or it is just ending
+            return None
+
+    answers = peers.agree("ask the holders", ask)
+    inventories = [answers[place.node.ranks_of(n)[0]] for n in range(place.node.count)]
+    return recovery.newest(inventories, without=without)
+
+
+def recover(found: Found, *, place: Place, peers: Peers) -> MemorySource:
+    """Make a snapshot readable: check every node's memory, rebuild what is lost; collective.
+
+    Raises:
+        CheckpointError: more of it is lost than parity makes up for.
+    """
+    found = _without_damaged(found, place=place, peers=peers)
+    if found.lost:
+        found = _rebuild(found, place=place, peers=peers)
+    source: list[MemorySource] = []
+
+    def attach() -> None:
+        holds = any(node == place.node.number for node, _ in found.where.values())
+        source.append(MemorySource(found, place=place, client=place.connect() if holds else None))
+
+    peers.agree("attach to the snapshot", attach)
+    return source[0]
+
+
+def _without_damaged(found: Found, *, place: Place, peers: Peers) -> Found:
+    """Count members whose bytes no longer have their digest as lost.
+
+    Raises:
+        CheckpointError: then more are lost than can be.
+    """
+
+    def damaged() -> list[int]:
+        mine = [m for m, (node, _) in found.where.items() if node == place.node.number]
+        if not place.node.leader or not mine:
+            return []
+        client = place.connect()
+        try:
+            return [m for m in mine if not client.verify(found.epoch, m, found.where[m][1])]
+        finally:
+            client.close()
+
+    bad = {m for part in peers.agree("check the snapshot", damaged) for m in part}
+    if not bad:
+        return found
+
+    def check() -> Found:
+        left = {m: place_ for m, place_ in found.where.items() if m not in bad}
+        lost = tuple(sorted({*found.lost, *bad}))
+        for group in found.spec["groups"]:
+            gone = [m for m in group if m in lost]
+            if len(gone) > found.spec["parity"]:
+                raise ValueError(
+                    f"the snapshot of step {found.step} is damaged in nodes {sorted(bad)}, more "
+                    f"than its parity ({found.spec['parity']} of a group) makes up for"
+                )
+        return replace(found, where=left, lost=lost)
+
+    return peers.agree("check the snapshot", check)[0]
+
+
+def _rebuild(found: Found, *, place: Place, peers: Peers) -> Found:
+    """Have lost members rebuilt from the rest of their groups, on the nodes that hold least."""
+    homes = recovery.new_homes(found, place.node.count)
+
+    def listen() -> Any:
+        """Where this node's holder, started if it was lost, is reached."""
+        if not place.node.leader:
+            return None
+        client = place.start_holder()
+        try:
+            return client.listen(place.node.host)
+        finally:
+            client.close()
+
+    answers = peers.agree("start the holders", listen)
+    address = [answers[place.node.ranks_of(n)[0]] for n in range(place.node.count)]
+
+    def rebuild() -> None:
+        mine = [m for m, node in homes.items() if node == place.node.number]
+        if not place.node.leader or not mine:
+            return
+        client = place.connect()
+        try:
+            for member in mine:
+                group = next(g for g in found.spec["groups"] if member in g)
+                client.rebuild(
+                    found.spec,
+                    member=member,
+                    step=found.step,
+                    meta=found.meta,
+                    digests=found.digests,
+                    sources={m: address[found.where[m][0]] for m in group if m in found.where},
+                )
+        finally:
+            client.close()
+
+    peers.agree("rebuild the lost nodes' snapshots", rebuild)
+    again, reasons = find(place, peers)
+    assert again is not None, reasons
+    return again

@@ -1,0 +1,104 @@
+"""Where the ranks of a job run: which node each belongs to, and where its holder is found."""
+
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from phalanx.checkpoint.peers import Peers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """This rank's node."""
+
+    number: int
+    """0 to count - 1, in rank order."""
+    count: int
+    """Nodes of the job."""
+    ranks_per_node: int
+    leader: bool
+    """Whether this rank speaks for the node."""
+    on_machine: int
+    """Its place among the nodes that share its machine (emulated ones, or several agents)."""
+    same_machine: int
+    """Nodes that share its machine, itself included."""
+    host: str
+    """Address under which other nodes reach this one."""
+    racks: tuple[str, ...]
+    """Label of every node's failure domain; "" = shared with nobody."""
+
+    def ranks_of(self, number: int) -> list[int]:
+        """Ranks of a node."""
+        return list(range(number * self.ranks_per_node, (number + 1) * self.ranks_per_node))
+
+
+def find_node(
+    peers: Peers, *, ranks_per_node: int, racks: Sequence[str], store_host: str | None
+) -> Node:
+    """Ask all ranks where they are; collective.
+
+    Args:
+        racks: a label for each node, or one for this machine, or none.
+        store_host: where the ranks met.
+
+    Raises:
+        ValueError: ranks do not divide into such nodes, or racks are not as many as nodes.
+    """
+    if peers.size % ranks_per_node:
+        raise ValueError(f"{peers.size} ranks do not divide into nodes of {ranks_per_node} ranks")
+    count = peers.size // ranks_per_node
+    if len(racks) not in (0, 1, count):
+        raise ValueError(
+            f"launch.racks={list(racks)}: {len(racks)} labels, but {count} nodes; give one for "
+            "each node, in order, or under torchrun one for this machine"
+        )
+    number = peers.rank // ranks_per_node
+    label = "" if not racks else racks[number if len(racks) == count else 0]
+    mine = (_machine(), label, _host(store_host))
+    by_node = peers.gather(mine)[::ranks_per_node]
+    machines = [machine for machine, _, _ in by_node]
+    if len(set(machines)) == 1:
+        host = "127.0.0.1"
+    else:
+        host = by_node[number][2]
+        if _is_loopback(host):  # rank 0's own name for itself: take the road to another machine
+            others = (other for _, _, other in by_node if not _is_loopback(other))
+            host = _host(next(others, None))
+    return Node(
+        number=number,
+        count=count,
+        ranks_per_node=ranks_per_node,
+        leader=peers.rank % ranks_per_node == 0,
+        on_machine=machines[:number].count(machines[number]),
+        same_machine=machines.count(machines[number]),
+        host=host,
+        racks=tuple(label for _, label, _ in by_node),
+    )
+
+
+def _machine() -> tuple[str, str, int]:
+    """What tells machines apart, containers and network namespaces included."""
+    boot, network = "", 0
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        network = Path("/proc/self/ns/net").stat().st_ino
+    return socket.gethostname(), boot, network
+
+
+def _host(towards: str | None) -> str:
+    """This machine's address on the way to another one."""
+    if towards is not None:
+        with suppress(OSError):
+            family, kind, _, _, address = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:  # sends nothing
+                probe.connect(address)
+                return str(probe.getsockname()[0])
+    with suppress(OSError):
+        return socket.gethostbyname(socket.gethostname())
+    return "127.0.0.1"
+
+
+def _is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host in ("::1", "localhost")

@@ -1,0 +1,71 @@
+"""Which rank keeps which box of a snapshot: each box once, as evenly as the layout allows.
+
+Data-parallel replicas hold equal copies. Of those, the rank that has least to keep so far keeps it,
+large boxes first (ByteCheckpoint, section 4.1: worst-fit), so that nothing is copied twice and no
+node has more to protect than another.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from phalanx.checkpoint.chunks import Chunk
+from phalanx.checkpoint.format import ITEM_BYTES, Box, PartTable, TensorInfo, lay_out
+from phalanx.checkpoint.peers import Peers
+from phalanx.checkpoint.torch_types import name_of
+
+Held = dict[str, tuple[TensorInfo, Box]]
+"""The box that a rank has of each tensor."""
+
+
+def held_boxes(chunks: Mapping[str, Chunk]) -> Held:
+    """The chunks as boxes."""
+    return {
+        name: (
+            TensorInfo(dtype=name_of(chunk.local.dtype), shape=tuple(chunk.size)),
+            Box(tuple(chunk.offsets), tuple(chunk.local.shape)),
+        )
+        for name, chunk in chunks.items()
+    }
+
+
+def share(chunks: Mapping[str, Chunk], *, peers: Peers) -> list[PartTable]:
+    """The part of every rank, by rank; collective, the same answer on each.
+
+    Raises:
+        ValueError: ranks hold tensors of one name that differ in shape or type.
+    """
+    return assign(peers.gather(held_boxes(chunks)))
+
+
+def assign(held: Sequence[Held]) -> list[PartTable]:
+    """The part of every rank that holds `held[rank]`.
+
+    Raises:
+        ValueError: as `share`.
+    """
+    owners: dict[tuple[str, Box], list[int]] = defaultdict(list)
+    infos: dict[str, TensorInfo] = {}
+    for rank, boxes in enumerate(held):
+        for name, (info, box) in boxes.items():
+            if infos.setdefault(name, info) != info:
+                raise ValueError(
+                    f"{name}: rank {rank} holds {info.dtype} {list(info.shape)}, another rank "
+                    f"{infos[name].dtype} {list(infos[name].shape)}"
+                )
+            owners[name, box].append(rank)
+    filled = [0] * len(held)
+    mine: list[dict[str, list[tuple[TensorInfo, Box]]]] = [defaultdict(list) for _ in held]
+
+    def order(item: tuple[tuple[str, Box], list[int]]) -> tuple[bool, int, str, tuple[int, ...]]:
+        (name, box), ranks = item
+        return len(ranks) > 1, -_nbytes(infos[name], box), name, box.offsets
+
+    for (name, box), ranks in sorted(owners.items(), key=order):
+        rank = min(ranks, key=lambda rank: (filled[rank], rank))
+        filled[rank] += _nbytes(infos[name], box)
+        mine[rank][name].append((infos[name], box))
+    return [lay_out(boxes) for boxes in mine]
+
+
+def _nbytes(info: TensorInfo, box: Box) -> int:
+    return box.numel * ITEM_BYTES[info.dtype]

@@ -1,0 +1,305 @@
+"""Snapshots of a run's state in host memory, taken while training goes on.
+
+`take` only remembers what is to be copied. A thread copies it to the holder's memory while the next
+forward and backward run (parameters and optimizer states do not change meanwhile); the only wait is
+`before_update`. Then the holders send and fold parity, and when every rank says that its node has
+all of it, the snapshot is committed. Until then the one before stands.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phalanx.checkpoint.chunks import Chunk
+from phalanx.checkpoint.copier import Copier
+from phalanx.checkpoint.epoch import Epoch, Place, open_epoch
+from phalanx.checkpoint.peers import CheckpointError, Peers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A committed snapshot."""
+
+    step: int
+    epoch: Epoch
+    slot: int
+    meta: dict[str, Any]
+    time: float
+    """Unix seconds of the commit."""
+    bytes: int
+    """Of this rank's part."""
+    copy_s: float
+    """From `take` until the copy stood; this rank's."""
+    protect_s: float
+    """From then on until the node's parity stood; 0 but on a node's first rank."""
+    encode_s: float
+    sent_s: float
+    sent_bytes: int
+    """Parity work of this node; 0 but on its first rank."""
+
+
+@dataclass(kw_only=True)
+class _Request:
+    """A snapshot on its way."""
+
+    step: int
+    chunks: dict[str, Chunk]
+    ready: "torch.cuda.Event | None"
+    meta: Mapping[str, Any]
+    pin: bool
+    start: float = field(default_factory=time.perf_counter)
+    copied: threading.Event = field(default_factory=threading.Event)
+    issued: "torch.cuda.Event | None" = None
+
+
+class Snapshots:
+    """Takes snapshots of one rank; every method but `before_update` and `release` is collective."""
+
+    def __init__(self, place: Place, *, group: dist.ProcessGroup, device: torch.device) -> None:
+        """`group`: a gloo group of all ranks that nothing else uses."""
+        self._place = place
+        self._peers = Peers(group)
+        self._device = device
+        self._copier = Copier(device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._epoch: Epoch | None = None
+        self._broken = False
+        self._last_step = -1
+        self._committed: tuple[str, int] | None = None
+        """Epoch and slot of the newest committed snapshot."""
+        self._pinned: set[tuple[str, int]] = set()
+        self._freed = threading.Condition()
+        self._request: _Request | None = None
+        self._eager: dict[str, Tensor] = {}
+        self.on_open: Callable[[Epoch], None] = lambda epoch: None
+        """Called in the thread with every epoch that was opened."""
+
+    def prepare(self, chunks: Mapping[str, Chunk]) -> None:
+        """Reserve all memory now, so that what cannot work fails before training begins.
+
+        Raises:
+            CheckpointError: see `open_epoch`.
+        """
+        self._thread.submit(self._open, chunks).result()
+
+    def take(
+        self,
+        step: int,
+        chunks: Mapping[str, Chunk],
+        *,
+        eager: Mapping[str, Chunk],
+        meta: Mapping[str, Any],
+        pin: bool = False,
+    ) -> "Future[Taken]":
+        """Begin the snapshot of `step`; returns at once.
+
+        The tensors behind `chunks` must not change before `before_update` was called; those behind
+        `eager` may, they are copied here.
+
+        Args:
+            pin: keep the slot as it is until `release`.
+        """
+        self.before_update()
+        request = _Request(
+            step=step,
+            chunks={**chunks, **self._copied(eager)},
+            ready=self._copier.mark(),
+            meta=meta,
+            pin=pin,
+        )
+        self._request = request
+        return self._thread.submit(self._run, request)
+
+    def before_update(self) -> float:
+        """Wait until what `take` was given may change; returns the seconds it took.
+
+        On CUDA the current stream waits, and the caller only until all copies were started.
+        """
+        request, self._request = self._request, None
+        if request is None:
+            return 0.0
+        start = time.perf_counter()
+        request.copied.wait()
+        if request.issued is not None:
+            torch.cuda.current_stream(self._device).wait_event(request.issued)
+        return time.perf_counter() - start
+
+    def release(self, taken: Taken) -> None:
+        """Let a pinned slot be used again."""
+        with self._freed:
+            self._pinned.discard((taken.epoch.name, taken.slot))
+            self._freed.notify_all()
+
+    def close(self) -> None:
+        """End the thread, once it has done what it was asked, and let go of the memory."""
+        self._thread.shutdown()
+        self._copier.unpin()
+        if self._epoch is not None:
+            self._epoch.close()
+            self._epoch = None
+
+    def _copied(self, eager: Mapping[str, Chunk]) -> dict[str, Chunk]:
+        copies: dict[str, Chunk] = {}
+        for name, chunk in eager.items():
+            buffer = self._eager.get(name)
+            if (
+                buffer is None
+                or buffer.shape != chunk.local.shape
+                or buffer.dtype != chunk.local.dtype
+            ):
+                buffer = self._eager[name] = torch.empty_like(chunk.local)
+            buffer.copy_(chunk.local)
+            copies[name] = Chunk(local=buffer, size=chunk.size, offsets=chunk.offsets)
+        return copies
+
+    # --- in the thread ----------------------------------------------------------------------------
+
+    def _open(self, chunks: Mapping[str, Chunk]) -> Epoch:
+        if self._epoch is not None:
+            self._epoch.close()
+            self._epoch = None
+        epoch = open_epoch(chunks, place=self._place, peers=self._peers, copier=self._copier)
+        self._epoch, self._broken = epoch, False
+        self.on_open(epoch)
+        return epoch
+
+    def _run(self, request: _Request) -> Taken:
+        try:
+            epoch, slot = self._agree(request)
+            return self._take(request, epoch, slot)
+        except Exception:
+            self._broken = True
+            raise
+        finally:
+            request.copied.set()
+
+    def _agree(self, request: _Request) -> tuple[Epoch, int]:
+        """The epoch and the slot that every rank uses for this snapshot."""
+        epoch = self._epoch
+        again = request.step <= self._last_step  # steps of an epoch only grow
+        stale = again or self._broken or epoch is None or not epoch.fits(request.chunks)
+        self._last_step = request.step
+        slot = self._free_slot() if self._peers.rank == 0 and not stale else 0
+        stale, slot = self._reduce([stale, slot], dist.ReduceOp.MAX)
+        if stale:
+            return self._open(request.chunks), 0
+        assert epoch is not None
+        return epoch, slot
+
+    def _free_slot(self) -> int:
+        """A slot that holds neither the committed snapshot nor one that is still being written to
+        storage; waits for one. Rank 0 decides for all."""
+        assert self._epoch is not None
+        name = self._epoch.name
+        with self._freed:
+            while True:
+                for slot in range(self._place.slots):
+                    if (name, slot) != self._committed and (name, slot) not in self._pinned:
+                        return slot
+                self._freed.wait()
+
+    def _take(self, request: _Request, epoch: Epoch, slot: int) -> Taken:
+        """Copy, protect, commit."""
+        error: Exception | None = None
+        try:
+            self._copy(request, epoch, slot)
+        except Exception as caught:
+            error = caught
+        finally:
+            request.copied.set()
+        copied = time.perf_counter()
+        self._all_or_none(request.step, error)
+        work: dict[str, Any] = {"digest": 0, "encode_s": 0.0, "sent_s": 0.0, "sent_bytes": 0}
+        node = self._place.node
+        if node.leader:
+            try:
+                work = epoch.client.protect(epoch.name, slot, request.step)
+            except Exception as caught:
+                error = caught
+        protected = time.perf_counter()
+        digests = [0] * node.count
+        if node.leader:
+            digests[node.number] = _signed(work["digest"])
+        digests = self._reduce(digests, dist.ReduceOp.SUM)
+        self._all_or_none(request.step, error)
+        if node.leader:
+            self._commit(request, epoch, slot, [digest % 2**64 for digest in digests])
+        with self._freed:
+            self._committed = epoch.name, slot
+            if request.pin:
+                self._pinned.add(self._committed)
+        return Taken(
+            step=request.step,
+            epoch=epoch,
+            slot=slot,
+            meta=dict(request.meta),
+            time=time.time(),
+            bytes=epoch.table.nbytes,
+            copy_s=copied - request.start,
+            protect_s=protected - copied if node.leader else 0.0,
+            encode_s=work["encode_s"],
+            sent_s=work["sent_s"],
+            sent_bytes=work["sent_bytes"],
+        )
+
+    def _copy(self, request: _Request, epoch: Epoch, slot: int) -> None:
+        rank, client = self._peers.rank, epoch.client
+        client.begin(epoch.name, slot, request.step)
+
+        def issued(event: "torch.cuda.Event | None") -> None:
+            request.issued = event
+            request.copied.set()
+
+        self._copier.copy(
+            epoch.sources({name: chunk.local for name, chunk in request.chunks.items()}),
+            epoch.memory[slot],
+            ready=request.ready,
+            on_issued=issued,
+            on_bytes=lambda done: client.filled(epoch.name, rank, slot, done),
+        )
+        if not epoch.table.nbytes:
+            client.filled(epoch.name, rank, slot, 0)
+
+    def _commit(self, request: _Request, epoch: Epoch, slot: int, digests: list[int]) -> None:
+        client = epoch.client
+        client.commit(epoch.name, slot, request.step, digests=digests, meta=dict(request.meta))
+        if epoch.first:
+            for item in client.inventory()["epochs"]:
+                busy = any(name == item["epoch"] for name, _ in self._pinned)
+                if item["epoch"] != epoch.name and not busy:
+                    client.forget(item["epoch"])
+            epoch.first = False
+
+    def _all_or_none(self, step: int, error: Exception | None) -> None:
+        """Fail on every rank where one failed.
+
+        Raises:
+            CheckpointError: says which, and why.
+        """
+        if not self._reduce([error is not None], dist.ReduceOp.MAX)[0]:
+            return
+
+        def raise_mine() -> None:
+            if error is not None:
+                raise error
+
+        self._peers.agree(f"snapshot of step {step}", raise_mine)
+        raise CheckpointError(f"snapshot of step {step}: a rank failed without saying why")
+
+    def _reduce(self, values: list[Any], op: Any) -> list[int]:
+        tensor = torch.tensor([int(value) for value in values], dtype=torch.int64)
+        if self._peers.size > 1:
+            dist.all_reduce(tensor, op=op, group=self._peers.group)
+        return [int(value) for value in tensor.tolist()]
+
+
+def _signed(number: int) -> int:
+    """A 64-bit number as int64 holds it; each node adds its own to zeros, so nothing overflows."""
+    return number - 2**64 if number >= 2**63 else number

@@ -1,0 +1,149 @@
+"""A folder of a mounted file system as storage.
+
+A file is written under a temporary name, made durable, and renamed. Nothing is tried again: after a
+failed write or fsync nobody knows what of it stands, so the whole file is the caller's to repeat.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from phalanx.checkpoint.rate_limit import RateLimit
+from phalanx.checkpoint.storage import UNFINISHED, Bytes, unfinished_name
+
+WRITE_BYTES = 8 << 20
+"""Most bytes handed to the system at once: between two such calls others see progress."""
+
+
+class LocalStorage:
+    """The files below a folder, which need not exist before the first write."""
+
+    def __init__(self, root: Path, *, limit: RateLimit | None = None) -> None:
+        self._root = root
+        self._limit = limit or RateLimit(0)
+
+    @property
+    def url(self) -> str:
+        """The folder's path."""
+        return str(self._root)
+
+    @property
+    def local(self) -> Path:
+        """The folder."""
+        return self._root
+
+    def names(self, folder: str = "") -> list[str]:
+        """See Storage."""
+        try:
+            found = os.listdir(self._root / folder)
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in found if not UNFINISHED.fullmatch(name))
+
+    def exists(self, path: str) -> bool:
+        """See Storage."""
+        return (self._root / path).exists()
+
+    def size(self, path: str) -> int:
+        """See Storage."""
+        return (self._root / path).stat().st_size
+
+    def read(self, path: str) -> bytes:
+        """See Storage."""
+        return (self._root / path).read_bytes()
+
+    def read_into(self, path: str, offset: int, view: memoryview) -> None:
+        """See Storage."""
+        file = self._root / path
+        with named(file), file.open("rb", buffering=0) as stream:
+            done = 0
+            while done < len(view):
+                count = os.preadv(stream.fileno(), [view[done:]], offset + done)
+                if count == 0:
+                    size = os.fstat(stream.fileno()).st_size
+                    raise OSError(errno.EIO, f"ends at byte {size}, before {offset + len(view)}")
+                done += count
+
+    def write(
+        self, path: str, pieces: Iterable[Bytes], *, on_bytes: Callable[[int], None] | None = None
+    ) -> int:
+        """See Storage."""
+        target = self._root / path
+        temporary = self._root / unfinished_name(path)
+        make_folder(target.parent)
+        try:
+            with named(target):
+                stream = temporary.open("xb", buffering=0)
+            with stream:
+                size = self._copy(pieces, stream.fileno(), target, on_bytes)
+                with named(target):
+                    os.fsync(stream.fileno())
+            with named(target):
+                temporary.rename(target)
+                fsync_folder(target.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                temporary.unlink(missing_ok=True)
+            raise
+        return size
+
+    def delete(self, path: str) -> None:
+        """See Storage."""
+        target = self._root / path
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        elif os.path.lexists(target):
+            target.unlink()
+        else:
+            return
+        fsync_folder(target.parent)
+
+    def _copy(
+        self,
+        pieces: Iterable[Bytes],
+        descriptor: int,
+        target: Path,
+        on_bytes: Callable[[int], None] | None,
+    ) -> int:
+        size = 0
+        for piece in pieces:  # an error in here is the caller's own, not the file's
+            rest = memoryview(piece).cast("B")
+            while len(rest):
+                self._limit.take(min(len(rest), WRITE_BYTES))
+                with named(target):
+                    count = os.write(descriptor, rest[:WRITE_BYTES])
+                rest = rest[count:]
+                size += count
+                if on_bytes is not None:
+                    on_bytes(count)
+        return size
+
+
+@contextlib.contextmanager
+def named(file: Path) -> Iterator[None]:
+    """Errors of the system within name `file`, whichever descriptor or other name they were on."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each durable in the one that holds it."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    fsync_folder(folder.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a folder's entries durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,94 @@
+"""What is known of a stored file: its boxes and checksums. Torch-free."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phalanx.checkpoint.format import PartTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPart:
+    """A file of one rank's boxes: a header that makes it a safetensors file, and the part."""
+
+    file: str
+    """Its name in the folder."""
+    size: int
+    """Bytes."""
+    xxh3_64: str
+    """XXH3-64 of the whole file, 16 hexadecimal digits."""
+    table: PartTable
+    """The boxes."""
+    digests: tuple[str, ...]
+    """XXH3-64 of each box's bytes, in the table's order."""
+    member: int = 0
+    """The node whose data this is a piece of, by its place in the parity groups."""
+
+    @property
+    def data_begin(self) -> int:
+        """First byte of the part in the file."""
+        return self.size - self.table.nbytes
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "file": self.file,
+            "size": self.size,
+            "xxh3_64": self.xxh3_64,
+            "member": self.member,
+            "digests": list(self.digests),
+            "table": self.table.to_json(),
+        }
+
+    @staticmethod
+    def from_json(body: Mapping[str, Any]) -> "StoredPart":
+        """What `to_json` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is no such thing.
+        """
+        return StoredPart(
+            file=str(body["file"]),
+            size=int(body["size"]),
+            xxh3_64=str(body["xxh3_64"]),
+            member=int(body["member"]),
+            digests=tuple(map(str, body["digests"])),
+            table=PartTable.from_json(body["table"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredParity:
+    """A file of the parity that one node holds for its group."""
+
+    file: str
+    """Its name in the folder."""
+    size: int
+    """Bytes."""
+    xxh3_64: str
+    """XXH3-64 of the whole file, 16 hexadecimal digits."""
+    member: int
+    """The node."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "file": self.file,
+            "size": self.size,
+            "xxh3_64": self.xxh3_64,
+            "member": self.member,
+        }
+
+    @staticmethod
+    def from_json(body: Mapping[str, Any]) -> "StoredParity":
+        """What `to_json` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is no such thing.
+        """
+        return StoredParity(
+            file=str(body["file"]),
+            size=int(body["size"]),
+            xxh3_64=str(body["xxh3_64"]),
+            member=int(body["member"]),
+        )

@@ -1,0 +1,337 @@
+"""`phalanx checkpoint restore`: a copy of a checkpoint elsewhere, cut as asked, however often it is
+interrupted.
+
+Every byte crosses from source to target once: units are read side by side, laid where they belong,
+and noted in a journal; a restore that is run again reads what stands back from the target's disk,
+and believes its checksums alone. Every shard is held to the source's checksum before the manifest,
+which makes a checkpoint of the folder, is written last.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from phalanx.checkpoint.checksums import digest_range
+from phalanx.checkpoint.format import PartTable
+from phalanx.checkpoint.manifest import (
+    BrokenCheckpointError,
+    Manifest,
+    StoredPart,
+    write_manifest,
+)
+from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.tool.journal import NAME as JOURNAL
+from phalanx.checkpoint.tool.journal import Journal
+from phalanx.checkpoint.tool.progress import byte_bar
+from phalanx.checkpoint.tool.units import Stream, TargetFiles, Unit, units_of
+
+UNITS = 1000
+"""About so many units a restore is cut into: a kill costs those under way, THREADS of them."""
+UNIT_BYTES = (64 << 10, 16 << 20)
+"""Least and most of a unit; the most is one request's worth of a storage far away."""
+THREADS = 4
+SYNC_S = 2.0
+"""Seconds between moments at which what was written is made durable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutting:
+    """How the target's tensors are cut."""
+
+    text: str
+    """As the user wrote it; "" = as the source."""
+    tables: tuple[PartTable, ...] | None = None
+    """The part of each rank; None = as the source."""
+    layout: dict[str, int] | None = None
+    """Degrees, for the target's meta."""
+
+
+SAME = Cutting(text="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a restore is to do."""
+
+    url: str
+    """The source."""
+    source: Storage
+    folder: str
+    """Of the source, in its storage."""
+    manifest: Manifest
+    cutting: Cutting
+    target: Storage
+    name: str
+    """Of the target's folder, in its storage."""
+
+    @property
+    def sources(self) -> list[Stream]:
+        """Files that are read; parity only where it will still fit."""
+        parity = () if self.cutting.tables else self.manifest.parity
+        return [*map(Stream.of_part, self.manifest.parts), *map(Stream.of_parity, parity)]
+
+    @property
+    def targets(self) -> list[Stream]:
+        """Files that are written."""
+        if self.cutting.tables is None:
+            return self.sources
+        return [
+            Stream(file=f"part-{rank:05d}.safetensors", header=table.header(), table=table)
+            for rank, table in enumerate(self.cutting.tables)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of boxes to be moved."""
+        return sum(source.table.nbytes for source in self.sources)
+
+    def facts(self) -> dict[str, Any]:
+        """What must be the same when the restore goes on."""
+        ids = [file.xxh3_64 for file in self.manifest.files.values()]
+        source = xxhash.xxh3_64_hexdigest(
+            f"{self.manifest.step} {self.manifest.time} {ids}".encode()
+        )
+        return {"source": self.url, "checksum": source, "layout": self.cutting.text}
+
+    def finished(self, parts: Iterable[StoredPart]) -> Manifest:
+        """The target's manifest, with the files that were written."""
+        if self.cutting.tables is None:
+            return self.manifest
+        return replace(
+            self.manifest,
+            parts=tuple(parts),
+            parity=(),
+            groups=(),
+            num_parity=0,
+            world_size=len(self.cutting.tables),
+            meta=self.manifest.meta | {"layout": self.cutting.layout},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What a restore did."""
+
+    stood: int
+    """Bytes that earlier calls had brought."""
+    moved: int
+    """Bytes read from the source by this one."""
+    manifest: Manifest
+
+
+def restore_to_folder(plan: Plan, root: Path) -> Restored:
+    """Restore into a folder of a mounted file system, going on where an earlier call stopped.
+
+    Raises:
+        ValueError: another restore is in that folder.
+        BrokenCheckpointError: a shard is not what the source's manifest says.
+        OSError: the source cannot be read or the target not written; what stands stays.
+    """
+    folder = root / plan.name
+    folder.mkdir(parents=True, exist_ok=True)
+    least, most = UNIT_BYTES
+    facts = plan.facts() | {"unit_bytes": min(most, max(least, plan.nbytes // UNITS))}
+    with closing(Journal(folder / JOURNAL, facts)) as journal:
+        sources, targets = plan.sources, plan.targets
+        with closing(TargetFiles(folder, sources, targets)) as files:
+            mover = _Mover(plan, sources, files, journal)
+            mover.move_all()
+            files.sync()
+            if plan.cutting.tables is not None:  # what lies on the disk is what the source had
+                mover.compare_all()
+        parts = _check_targets(plan, targets)
+        manifest = plan.finished(parts)
+        write_manifest(plan.target, plan.name, manifest)
+        (folder / JOURNAL).unlink()
+    return Restored(stood=mover.stood, moved=mover.moved, manifest=manifest)
+
+
+class _Mover:
+    """Moves the units of one restore."""
+
+    def __init__(
+        self, plan: Plan, sources: list[Stream], files: TargetFiles, journal: Journal
+    ) -> None:
+        self._plan, self._sources = plan, sources
+        self._files, self._journal = files, journal
+        self._unit_bytes: int = journal.facts["unit_bytes"]
+        self._synced = time.monotonic()
+        self._lock = threading.Lock()
+        self.stood = 0
+        self.moved = 0
+
+    def move_all(self) -> None:
+        """Bring every unit that does not stand.
+
+        Raises:
+            BrokenCheckpointError: shards are not what the manifest says; they are not noted.
+            OSError: a file cannot be read or written.
+        """
+        with byte_bar(f"restoring {self._plan.name}", self._plan.nbytes) as done:
+            wrong = self._hold_to_digests(self._results(self._bring, done))
+        for units, _ in wrong:
+            for unit in units:
+                self._journal.forget(unit)
+        if wrong:
+            names = ", ".join(name for _, name in wrong[:3])
+            more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
+            raise BrokenCheckpointError(
+                f"{self._plan.url}: {names}{more}: not what the manifest says; all else stands. "
+                f"Look with `phalanx checkpoint verify {self._plan.url}`, whose --repair may mend "
+                "it, then run this restore again"
+            )
+
+    def compare_all(self) -> None:
+        """Read all of the target back and hold it to the source's checksums.
+
+        Raises:
+            BrokenCheckpointError: the target's disk does not give back what was written.
+            OSError: it cannot be read.
+        """
+        with byte_bar(f"checking {self._plan.name}", self._plan.nbytes) as done:
+            wrong = self._hold_to_digests(self._results(self._files.gather, done))
+        for units, _ in wrong:
+            for unit in units:
+                self._journal.forget(unit)
+        if wrong:
+            raise BrokenCheckpointError(
+                f"{self._plan.target.url}/{self._plan.name}: {wrong[0][1]} was written and reads "
+                "back otherwise: its disk or memory is failing"
+            )
+
+    def _bring(self, unit: Unit) -> memoryview:
+        """A unit's bytes, which stand in the target when this returns."""
+        source, noted = self._sources[unit.source], self._journal.done.get(unit.number)
+        if noted is not None:
+            data = self._files.gather(unit)
+            if xxhash.xxh3_64_hexdigest(data) == noted:
+                with self._lock:
+                    self.stood += unit.nbytes
+                return data
+        data = memoryview(bytearray(unit.nbytes))
+        path = f"{self._plan.folder}/{source.file}"
+        self._plan.source.read_into(path, len(source.header) + unit.begin, data)
+        self._files.scatter(unit, data)
+        self._journal.add(unit.number, xxhash.xxh3_64_hexdigest(data))
+        with self._lock:
+            self.moved += unit.nbytes
+        return data
+
+    def _results(
+        self, action: Callable[[Unit], memoryview], done: Callable[[int], None]
+    ) -> Iterator[tuple[Unit, memoryview]]:
+        """Every unit and its bytes, in order; some are worked on at the same time."""
+        waiting: deque[tuple[Unit, Future[memoryview]]] = deque()
+        units = units_of(self._sources, self._unit_bytes)
+        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="restore")
+        try:
+            for unit in units:
+                waiting.append((unit, pool.submit(action, unit)))
+                if len(waiting) > 2 * THREADS:
+                    yield self._next(waiting, done)
+            while waiting:
+                yield self._next(waiting, done)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _next(
+        self,
+        waiting: deque[tuple[Unit, Future[memoryview]]],
+        done: Callable[[int], None],
+    ) -> tuple[Unit, memoryview]:
+        unit, future = waiting.popleft()
+        data = future.result()
+        done(unit.nbytes)
+        if time.monotonic() - self._synced > SYNC_S:
+            self._files.sync()
+            self._journal.sync()
+            self._synced = time.monotonic()
+        return unit, data
+
+    def _hold_to_digests(
+        self, results: Iterator[tuple[Unit, memoryview]]
+    ) -> list[tuple[list[int], str]]:
+        """Entries that are not what the manifest says: their units, and names."""
+        wrong: list[tuple[list[int], str]] = []
+        entry_of: tuple[int, int] | None = None
+        digest, seen, units = xxhash.xxh3_64(), 0, list[int]()
+        for unit, data in results:
+            source, at = self._sources[unit.source], 0
+            while at < len(data):
+                index = _entry_at(source.table, unit.begin + at, entry_of, unit.source)
+                entry = source.table.entries[index]
+                if entry_of != (unit.source, index):
+                    entry_of = unit.source, index
+                    digest, seen, units = xxhash.xxh3_64(), 0, []
+                count = min(len(data) - at, entry.nbytes - seen)
+                digest.update(data[at : at + count])
+                seen, at = seen + count, at + count
+                units.append(unit.number)
+                if seen == entry.nbytes and digest.hexdigest() != source.digests[index]:
+                    wrong.append((units, f"{source.file}: {entry.key}"))
+        return wrong
+
+
+def _entry_at(table: PartTable, begin: int, before: tuple[int, int] | None, source: int) -> int:
+    """Place of the entry that holds a byte; not before the one that was last looked at."""
+    index = before[1] if before is not None and before[0] == source else 0
+    entries = table.entries
+    while entries[index].begin + entries[index].nbytes <= begin:
+        index += 1
+    return index
+
+
+def _check_targets(plan: Plan, targets: list[Stream]) -> list[StoredPart]:
+    """Checksums of the files as they lie in the target.
+
+    Raises:
+        BrokenCheckpointError: a file that should be the source's is not.
+        OSError: one cannot be read.
+    """
+    parts: list[StoredPart] = []
+    known = plan.manifest.files
+    with byte_bar(f"checking {plan.name}", sum(target.size for target in targets)) as done:
+        for rank, target in enumerate(targets):
+            path = f"{plan.name}/{target.file}"
+            if plan.cutting.tables is None:
+                found = digest_range(plan.target, path, 0, target.size)
+                if found != known[target.file].xxh3_64:
+                    raise BrokenCheckpointError(
+                        f"{plan.target.url}/{path}: has checksum {found} instead of "
+                        f"{known[target.file].xxh3_64}; its disk is failing, or another program "
+                        "writes here"
+                    )
+            else:
+                parts.append(_stored(plan, rank, target, path))
+            done(target.size)
+    return parts
+
+
+def _stored(plan: Plan, rank: int, target: Stream, path: str) -> StoredPart:
+    """A new file's line in the manifest, by one reading."""
+    whole, digests = xxhash.xxh3_64(target.header), []
+    buffer = memoryview(bytearray(8 << 20))
+    for entry in target.table.entries:
+        digest, begin = xxhash.xxh3_64(), len(target.header) + entry.begin
+        for at in range(0, entry.nbytes, len(buffer)):
+            view = buffer[: min(len(buffer), entry.nbytes - at)]
+            plan.target.read_into(path, begin + at, view)
+            digest.update(view)
+            whole.update(view)
+        digests.append(digest.hexdigest())
+    return StoredPart(
+        file=target.file,
+        size=target.size,
+        xxh3_64=whole.hexdigest(),
+        table=target.table,
+        digests=tuple(digests),
+        member=rank,
+    )

@@ -1,0 +1,85 @@
+"""What state a checkpoint's folder is in, by its manifest and the sizes of its files."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from phalanx.checkpoint.manifest import NAME as MANIFEST
+from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest, read_manifest
+from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.tool.journal import NAME as JOURNAL
+from phalanx.checkpoint.tool.places import step_of
+
+COMPLETE, BROKEN, UNFINISHED, RESTORING = "complete", "broken", "unfinished", "restoring"
+"""States of a folder: whole by its sizes; with a manifest, but not what that says; without one; the
+target of a restore that can go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A checkpoint's folder, as far as its manifest and its files' sizes tell."""
+
+    folder: str
+    step: int
+    state: str
+    reason: str = ""
+    """Why it is not complete."""
+    manifest: Manifest | None = None
+    """Where it can be read."""
+
+    def content(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        found = {
+            "folder": self.folder,
+            "step": self.step,
+            "state": self.state,
+            "reason": self.reason or None,
+        }
+        manifest = self.manifest
+        if manifest is None:
+            return found
+        return found | {
+            "time": manifest.time,
+            "bytes": manifest.nbytes,
+            "layout": manifest.meta.get("layout"),
+            "kind": manifest.meta.get("kind"),
+            "world_size": manifest.world_size,
+            "files": len(manifest.files),
+            "parity": manifest.num_parity if manifest.parity else 0,
+            "groups": [list(group) for group in manifest.groups],
+        }
+
+
+def look(storage: Storage, folder: str) -> Listed:
+    """The state of one folder."""
+    step = step_of(folder)
+    names = storage.names(folder)
+    if MANIFEST not in names:
+        if JOURNAL in names:
+            reason = "run its restore again, and it goes on"
+            return Listed(folder=folder, step=step, state=RESTORING, reason=reason)
+        reason = f"no {MANIFEST}: the save did not end, or still runs"
+        return Listed(folder=folder, step=step, state=UNFINISHED, reason=reason)
+    try:
+        manifest = read_manifest(storage, folder)
+    except BrokenCheckpointError as error:
+        return Listed(folder=folder, step=step, state=BROKEN, reason=str(error))
+    reason = wrong_sizes(storage, folder, manifest)
+    if step not in (-1, manifest.step):
+        reason = f"its manifest is of step {manifest.step}"
+    state = BROKEN if reason else COMPLETE
+    return Listed(folder=folder, step=manifest.step, state=state, reason=reason, manifest=manifest)
+
+
+def wrong_sizes(storage: Storage, folder: str, manifest: Manifest) -> str:
+    """Which file is missing or of another size; "" where all are as they should be."""
+    wrong = []
+    for file in manifest.files.values():
+        try:
+            found = storage.size(f"{folder}/{file.file}")
+        except FileNotFoundError:
+            wrong.append(f"{file.file} is missing")
+            continue
+        if found != file.size:
+            wrong.append(f"{file.file} has {found} bytes instead of {file.size}")
+    more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return wrong[0] + more if wrong else ""
