@@ -23,12 +23,8 @@ class Boxes:
         chunks: dict[str, Chunk] = {}
         for name, tensor in tensors.items():
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            form = (
-                (tuple(tensor.placements), tensor.device_mesh.mesh_dim_names, tensor.shape)
-                if isinstance(tensor, DTensor)
-                else None
-            )
-            form = (form, local.shape, local.dtype)
+            cut = (tuple(tensor.placements), tensor.shape) if isinstance(tensor, DTensor) else ()
+            form = (cut, local.shape, local.dtype)
             known = self._known.get(name)
             if known is not None and known[0] == form:
                 chunk = known[1]

@@ -81,10 +81,12 @@ def write_durable(
     parts = [StoredPart.from_json(item) for answer in answers for item in answer["parts"]]
     parity = [StoredParity.from_json(item) for answer in answers for item in answer["parity"]]
 
+    files: list[StoredPart | StoredParity] = [*parts, *parity]
+
     def commit() -> tuple[list[str], list[str]]:
         if peers.rank != 0:
             return [], []
-        _check_all_here(storage, folder, [*parts, *parity])
+        _check_all_here(storage, folder, files)
         manifest = new_manifest(
             step=step,
             meta=taken.meta,
@@ -107,7 +109,7 @@ def write_durable(
     return Saved(
         step=step,
         seconds=time.perf_counter() - start,
-        bytes=sum(item.size for item in [*parts, *parity]),
+        bytes=sum(item.size for item in files),
         deleted=deleted,
         not_deleted=not_deleted,
         time=time.time(),

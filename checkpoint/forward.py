@@ -5,7 +5,7 @@ that a large one needs no copy where it is contiguous in both memories.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,8 @@ class Buffers:
 
     def take(self, nbytes: int) -> Tensor:
         """A buffer of at least so many bytes."""
-        size = 1 << max(nbytes - 1, 1).bit_length()
+        step = 1 << max(nbytes.bit_length() - 3, 6)  # few sizes, so that most are met again
+        size = -(-nbytes // step) * step
         free = self._free.get(size)
         if free:
             return free.pop()
@@ -72,6 +73,26 @@ class Piece:
     def cut(self, values: Tensor) -> Tensor:
         """The piece, out of the values of the stored box."""
         return values[self.box.slices_in(self.read.located.entry.box)]
+
+
+def piece_for(read: Read, rank: int, boxes: Sequence[Mapping[str, Box]]) -> Piece | None:
+    """What a rank needs of a box; None where that is nothing.
+
+    Args:
+        boxes: what each rank wants of each tensor, by rank.
+    """
+    if rank not in read.users:
+        return None
+    entry = read.located.entry
+    overlap = entry.box.overlap(boxes[rank][entry.name])
+    assert overlap is not None, "users need something of it"
+    return Piece(read, overlap)
+
+
+def pieces_for(reads: Iterable[Read], rank: int, boxes: Sequence[Mapping[str, Box]]) -> list[Piece]:
+    """What a rank needs of several boxes, in their order."""
+    found = (piece_for(read, rank, boxes) for read in reads)
+    return [piece for piece in found if piece is not None]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -140,39 +141,47 @@ class _Job:
         self._seconds += time.perf_counter() - start
 
     def _write(self, storage: Storage, member: Member, generation: Generation) -> None:
-        slot = generation.slot
-
-        def part(rank: int) -> Stored:
-            table, view = member.spec.table(rank), slot.data[rank].view
-            entries = table.entries
+        tasks: dict[str, Callable[[], Stored]] = {}
+        for rank in member.ranks:
             path = f"{self._folder}/part-{rank:05d}.safetensors"
-
-            def read(index: int) -> memoryview:
-                return view[entries[index].begin :][: entries[index].nbytes]
-
-            return write_part(storage, path, table, read, member=member.number)
-
-        def parity(_: int) -> Stored:
-            file, digest = f"parity-{member.number:05d}.bin", xxhash.xxh3_64()
-            pieces = _hashed(slot.parity.view, digest)
-            size = storage.write(f"{self._folder}/{file}", pieces)
-            return StoredParity(
-                file=file, size=size, xxh3_64=digest.hexdigest(), member=member.number
-            )
-
-        tasks = {f"part-{rank:05d}": (part, rank) for rank in member.ranks}
+            tasks[path] = partial(_write_part, storage, path, member, generation, rank)
         if member.peers:
-            tasks[f"parity-{member.number:05d}"] = (parity, 0)
-        left = {name: task for name, task in tasks.items() if name not in self._stored}
+            path = f"{self._folder}/parity-{member.number:05d}.bin"
+            tasks[path] = partial(_write_parity, storage, path, member, generation)
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            futures = {name: pool.submit(how, rank) for name, (how, rank) in left.items()}
-            errors = [future.exception() for future in futures.values()]
-        for name, future in futures.items():
+            futures = {
+                path: pool.submit(task) for path, task in tasks.items() if path not in self._stored
+            }
+        for path, future in futures.items():
             if future.exception() is None:
-                self._stored[name] = future.result()
-        for error in errors:
-            if error is not None:
-                raise error
+                self._stored[path] = future.result()
+        for future in futures.values():
+            future.result()  # raises what went wrong, once what went right is remembered
+
+
+def _write_part(
+    storage: Storage, path: str, member: Member, generation: Generation, rank: int
+) -> StoredPart:
+    table, view = member.spec.table(rank), generation.slot.data[rank].view
+
+    def read(index: int) -> memoryview:
+        entry = table.entries[index]
+        return view[entry.begin : entry.begin + entry.nbytes]
+
+    return write_part(storage, path, table, read, member=member.number)
+
+
+def _write_parity(
+    storage: Storage, path: str, member: Member, generation: Generation
+) -> StoredParity:
+    digest = xxhash.xxh3_64()
+    size = storage.write(path, _hashed(generation.slot.parity.view, digest))
+    return StoredParity(
+        file=path.rpartition("/")[2],
+        size=size,
+        xxh3_64=digest.hexdigest(),
+        member=member.number,
+    )
 
 
 def _hashed(view: memoryview, digest: Any) -> Iterator[memoryview]:

@@ -1,7 +1,7 @@
 """Loading into any layout: stored boxes intersected with the boxes that each rank holds.
 
 Every box is read once in the job, whole, and verified; then the pieces of it go to the ranks that
-need them, while the next boxes are being read (ByteCheckpoint §4, Universal Checkpointing §3).
+need them, while the next boxes are being read (ByteCheckpoint: read once, then forward).
 """
 
 import json

@@ -2,7 +2,7 @@
 
 A stored box that any rank needs is read once in the whole job, by one rank: one near it, and of
 those one that needs it, the one with the fewest bytes so far. Ranks read in rounds of bounded size,
-so that what they forward fits in memory (ByteCheckpoint §4: load once, then forward). Torch-free.
+so that what they forward fits in memory. Torch-free.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phalanx.checkpoint.chunks import Chunk
-from phalanx.checkpoint.format import Box
+from phalanx.checkpoint.format import ITEM_BYTES, Box
 from phalanx.checkpoint.forward import (
     Buffers,
     Message,
@@ -24,6 +24,8 @@ from phalanx.checkpoint.forward import (
     as_messages,
     exchange,
     message_bytes,
+    piece_for,
+    pieces_for,
 )
 from phalanx.checkpoint.peers import Peers
 from phalanx.checkpoint.reshard_plan import Located, Read, volume
@@ -110,18 +112,26 @@ class Loading:
         if self._error is not None:
             raise self._error
 
-    # --- reading -----------------------------------------------------------------------------
+    # --- reading -------------------------------------------------------------------------------
 
     def _start(
         self, pool: ThreadPoolExecutor, some: Sequence[Read]
     ) -> list[tuple[Held, Future[None]]]:
-        helds = [self._held(read) for read in some if read.reader == self._peers.rank]
-        return [(held, pool.submit(self._read, held)) for held in helds]
+        started: list[tuple[Held, Future[None]]] = []
+
+        def start() -> None:
+            for read in some:
+                if read.reader == self._peers.rank:
+                    held = self._held(read)
+                    started.append((held, pool.submit(self._read, held)))
+
+        self._try(start)  # there may be no memory
+        return started
 
     def _held(self, read: Read) -> Held:
         """Where a box is read to: into the tensor itself, or a buffer."""
         entry = read.located.entry
-        piece = self._piece(read, self._peers.rank)
+        piece = piece_for(read, self._peers.rank, self._boxes)
         if piece is not None and piece.box == entry.box:
             target = self._target(piece)
             if _takes_bytes(target, piece.dtype):
@@ -133,7 +143,7 @@ class Loading:
         """Read a box, and put what of it this rank needs in place; runs in a thread."""
         read = held.read
         self._source.read(read.located.part, read.located.index, byte_view(held.values))
-        piece = self._piece(read, self._peers.rank)
+        piece = piece_for(read, self._peers.rank, self._boxes)
         if piece is not None and held.buffer is not None:
             self._target(piece).copy_(piece.cut(held.values))
 
@@ -150,14 +160,14 @@ class Loading:
         arriving: dict[int, list[Message]] = {}
 
         def outgoing(to: int) -> list[Tensor]:
-            pieces = self._pieces((held.read for held in helds), to)
+            pieces = pieces_for((held.read for held in helds), to, self._boxes)
             self._forwarded += sum(piece.nbytes for piece in pieces)
-            leaving[to] = [self._packed(some, values) for some in as_messages(pieces)]
+            leaving[to] = [self._packed(group, values) for group in as_messages(pieces)]
             return [message.content for message in leaving[to]]
 
         def incoming(source: int) -> list[Tensor]:
-            pieces = self._pieces(coming[source], self._peers.rank)
-            arriving[source] = [self._room(some) for some in as_messages(pieces)]
+            pieces = pieces_for(coming[source], self._peers.rank, self._boxes)
+            arriving[source] = [self._room(group) for group in as_messages(pieces)]
             return [message.content for message in arriving[source]]
 
         def done(sent_to: int, received_from: int) -> None:
@@ -207,27 +217,15 @@ class Loading:
 
     # --- pieces --------------------------------------------------------------------------------
 
-    def _piece(self, read: Read, rank: int) -> Piece | None:
-        """What a rank needs of a box; None where that is nothing."""
-        if rank not in read.users:
-            return None
-        entry = read.located.entry
-        overlap = entry.box.overlap(self._boxes[rank][entry.name])
-        assert overlap is not None, "users need something of it"
-        return Piece(read, overlap)
-
-    def _pieces(self, reads: Iterable[Read], rank: int) -> list[Piece]:
-        found = (self._piece(read, rank) for read in reads)
-        return [piece for piece in found if piece is not None]
-
     def _target(self, piece: Piece) -> Tensor:
         """The part of this rank's tensor that a piece is for."""
         mine = self._boxes[self._peers.rank][piece.name]
         return self._chunks[piece.name].local[piece.box.slices_in(mine)]
 
     def _needed_bytes(self, read: Read) -> int:
-        pieces = [piece for rank in read.users if (piece := self._piece(read, rank)) is not None]
-        return volume(piece.box for piece in pieces) * pieces[0].dtype.itemsize
+        entry = read.located.entry
+        wanted = (entry.box.overlap(self._boxes[rank][entry.name]) for rank in read.users)
+        return volume(box for box in wanted if box) * ITEM_BYTES[entry.info.dtype]
 
     # --- failures ------------------------------------------------------------------------------
 

@@ -187,8 +187,8 @@ class Snapshots:
         stale = again or self._broken or epoch is None or not epoch.fits(request.chunks)
         self._last_step = request.step
         slot = self._free_slot() if self._peers.rank == 0 and not stale else 0
-        stale, slot = self._reduce([stale, slot], dist.ReduceOp.MAX)
-        if stale:
+        anew, slot = self._reduce([stale, slot], dist.ReduceOp.MAX)
+        if anew:
             return self._open(request.chunks), 0
         assert epoch is not None
         return epoch, slot

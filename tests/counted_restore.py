@@ -39,7 +39,7 @@ def _count_reads(path: Path) -> None:
     Metered.read_into = counted  # type: ignore[method-assign]
 
 
-def _cut_by_columns(ranks: int) -> None:
+def cut_by_columns(ranks: int) -> None:
     """Let --layout mean: every tensor by columns over so many ranks; without importing torch."""
 
     def cut_for(manifest: Manifest, wanted: dict[str, str]) -> Cutting:
@@ -60,5 +60,5 @@ KINDS = {"F32": "f4", "F64": "f8", "U8": "u1", "BF16": "u2", "I64": "i8"}
 
 if __name__ == "__main__":
     _count_reads(Path(sys.argv[1]))
-    _cut_by_columns(int(sys.argv[2]))
+    cut_by_columns(int(sys.argv[2]))
     sys.exit(main(["checkpoint", "restore", *sys.argv[3:]]))

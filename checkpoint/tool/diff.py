@@ -35,8 +35,7 @@ def diff(a: Place, b: Place, *, step: int | None = None) -> Report:
         shown = [(name, str(one), str(two)) for name, one, two in settings]
         lines += ["", *columns([("setting", "A", "B"), *shown])]
     if tensors:
-        shown = [(name, what) for name, what in tensors]
-        lines += ["", *columns([("tensor", "differs"), *shown])]
+        lines += ["", *columns([("tensor", "differs"), *tensors])]
     same = len(tensors_of(manifests[0]).keys() | tensors_of(manifests[1]).keys()) - len(tensors)
     lines += ["", f"{plural(same, 'tensor')} equal, {len(tensors)} not"]
     content = {
@@ -95,10 +94,10 @@ def _tensors(
                 yield name, f"A {one.dtype} {list(one.shape)}, B {two.dtype} {list(two.shape)}"
             elif pieces[0][name] != pieces[1][name]:
                 box = whole(one.shape)
-                values = [reader.read(name, box) for reader in readers]
+                a, b = (reader.read(name, box) for reader in readers)
                 done(box.numel * ITEM_BYTES[one.dtype])
-                if not np.array_equal(*values):
-                    yield name, _how(one, *values)
+                if not np.array_equal(a, b):
+                    yield name, _how(one, a, b)
 
 
 def _digests(manifest: Manifest) -> dict[str, set[tuple[Any, str]]]:

@@ -59,7 +59,7 @@ def _of_holder(job: str, node: int, inventory: dict[str, Any]) -> Iterator[InMem
                 if slot["state"] != "empty":
                     by_step.setdefault(int(slot["step"]), []).append((int(member), slot))
         for step, slots in sorted(by_step.items()):
-            meta = next((slot["meta"] for _, slot in slots if slot.get("meta")), {})
+            meta: dict[str, Any] = next((slot["meta"] for _, slot in slots if slot.get("meta")), {})
             degrees = meta.get("layout") or {}
             yield InMemory(
                 job=job,

@@ -129,7 +129,8 @@ class Mender:
 
     def mendable(self) -> dict[str, str]:
         """Broken files that can be had, and out of what; not all of those at once, perhaps."""
-        left, found = set(self.broken), {}
+        left = set(self.broken)
+        found: dict[str, str] = {}
         while True:  # each file that is had again may help to have another
             ways = {file: self._way(self._manifest.files[file], left) for file in sorted(left)}
             new = {file: way for file, way in ways.items() if way}
@@ -192,7 +193,7 @@ class Mender:
         assert isinstance(file, StoredPart)
         yield file.table.header()
         for entry in file.table.entries:
-            yield memoryview(self._other.read(entry.name, entry.box).reshape(-1)).cast("B")
+            yield self._other.read(entry.name, entry.box).reshape(-1).view("u1").data
 
     def _from_parity(self, file: File) -> Iterator[Bytes]:
         group = self._group_of(file)

@@ -143,7 +143,7 @@ class TargetFiles:
             for number, place, common in self._overlaps(entry, slab):
                 rows = np.ascontiguousarray(values[common.slices_in(slab)])
                 offsets, run = _runs(common, place, len(self._targets[number].header))
-                content = memoryview(rows.reshape(-1)).cast("B")
+                content = rows.reshape(-1).view("u1").data
                 for row, offset in enumerate(offsets):
                     _write_all(self._files[number], content[row * run : (row + 1) * run], offset)
 

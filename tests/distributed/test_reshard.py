@@ -12,7 +12,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from phalanx.checkpoint import forward, reshard
+from phalanx.checkpoint import forward, reshard, reshard_run
 from phalanx.checkpoint.chunks import Chunk
 from phalanx.checkpoint.format import Box, PartTable, TensorInfo, lay_out, whole
 from phalanx.checkpoint.manifest import BrokenCheckpointError
@@ -164,8 +164,12 @@ def distinct_bytes(tensors: Tensors, wants: list[dict[str, Box]]) -> int:
 # --- any layout to any layout ---------------------------------------------------------------------
 
 
-def load_random(ranks: Ranks, seeds: list[int], round_bytes: int, alone: int) -> list[Any]:
+def load_random(
+    ranks: Ranks, seeds: list[int], round_bytes: int, alone: int, direct: bool
+) -> list[Any]:
     with process_group(ranks):
+        if not direct:  # as for tensors of a GPU
+            reshard_run._takes_bytes = lambda target, dtype: False
         reshard.ROUND_BYTES = round_bytes
         forward.ALONE_BYTES = alone
         peers = Peers(dist.new_group(backend="gloo"))
@@ -197,12 +201,15 @@ def load_random(ranks: Ranks, seeds: list[int], round_bytes: int, alone: int) ->
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize(("round_bytes", "alone"), [(1 << 26, 1 << 20), (3000, 500)])
+@pytest.mark.parametrize(
+    ("round_bytes", "alone", "direct"),
+    [(1 << 26, 1 << 20, True), (3000, 500, True), (3000, 500, False)],
+)
 def test_any_cut_loads_into_any_other(
-    run_ranks: Run, world_size: int, round_bytes: int, alone: int
+    run_ranks: Run, world_size: int, round_bytes: int, alone: int, direct: bool
 ) -> None:
     seeds = list(range(world_size * 10, world_size * 10 + 6))
-    by_rank = run_ranks(load_random, seeds, round_bytes, alone, world_size=world_size)
+    by_rank = run_ranks(load_random, seeds, round_bytes, alone, direct, world_size=world_size)
     for at in range(len(seeds)):
         _, _, touched, distinct = by_rank[0][at]
         reads = [read for found in by_rank for read in found[at][1]]

@@ -21,7 +21,11 @@ Captured = pytest.CaptureFixture[str]
 def memory(monkeypatch: pytest.MonkeyPatch) -> list[InMemory]:
     """What holders are said to have: nothing, unless a test adds to it."""
     found: list[InMemory] = []
-    monkeypatch.setattr(ls_module, "in_memory", lambda: (found, []))
+
+    def in_memory(job: str | None = None) -> tuple[list[InMemory], list[str]]:
+        return [item for item in found if job in (None, item.job)], []
+
+    monkeypatch.setattr(ls_module, "in_memory", in_memory)
     return found
 
 
@@ -83,7 +87,7 @@ def test_ls_of_one_checkpoint_and_of_memory(
     assert (code, out) == (0, "no snapshot in this machine's memory\n")
     memory.append(
         InMemory(
-            job="first",
+            job="0123456789abcdef",
             node=1,
             step=120,
             state="committed",
@@ -94,9 +98,11 @@ def test_ls_of_one_checkpoint_and_of_memory(
             members=(1,),
         )
     )
+    assert "in this machine's memory" not in run(capsys, "ls", str(checkpoints))[1]  # no run's
+    (checkpoints / "job.json").write_text('{"job": "0123456789abcdef"}')
     code, out, _ = run(capsys, "ls", str(checkpoints / "step_00000100"))
     assert code == 0
-    row = "120    -  5 GB  first  1     dp_shard=4  3+1         committed"
+    row = "120    -  5 GB  0123456789abcdef  1     dp_shard=4  3+1         committed"
     assert out.splitlines()[-1].strip() == row
     assert as_json(capsys, "ls")[1]["memory"][0]["step"] == 120
 
@@ -202,8 +208,7 @@ def test_gc_deletes_leftovers_only(checkpoints: Path, capsys: Captured) -> None:
     (checkpoints / "step_00000500" / "restore.journal").write_text("{}")
     make(checkpoints, 0, tensors(0))
     before = sorted(path.name for path in checkpoints.iterdir())
-    code, out, _ = run(capsys, "gc", str(checkpoints), "--dry-run")
-    assert code == 0
+    assert run(capsys, "gc", str(checkpoints), "--dry-run")[0] == 0
     assert sorted(path.name for path in checkpoints.iterdir()) == before
     code, found = as_json(capsys, "gc", str(checkpoints.parent), "--keep", "1")
     assert code == 0
@@ -240,7 +245,7 @@ def test_a_run_whose_checkpoints_are_elsewhere_is_followed(
     (run_folder / "config.yaml").write_text(
         f"checkpoint:\n  dir: file://{checkpoints}\n  storage:\n    options: {{}}\n"
     )
-    code, found = as_json(capsys, "ls", str(run_folder))
+    found = as_json(capsys, "ls", str(run_folder))[1]
     assert [item["step"] for item in found["checkpoints"]] == [100, 200, 300, 400, 500]
 
 

@@ -63,7 +63,9 @@ def test_parity_is_the_number_of_nodes_that_may_be_lost(parity: str, lost: int) 
 def test_what_has_no_effect_is_noted() -> None:
     alone = protected("xor", every=0).notes()
     assert any(
-        note.startswith("checkpoint.snapshot.parity=xor: no effect with checkpoint.snapshot.every=0")
+        note.startswith(
+            "checkpoint.snapshot.parity=xor: no effect with checkpoint.snapshot.every=0"
+        )
         for note in alone
     )
     racks = protected("none", launch=LaunchConfig(racks=["a"])).notes()

@@ -1,4 +1,4 @@
-"""What of saving needs no ranks: boxes of placements, staging buffers."""
+"""The box that a rank holds of a tensor, by its placements."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from phalanx.checkpoint.chunks import box
-from phalanx.checkpoint.staging import Stager
 
 
 def chunks_of(rows: torch.Tensor, parts: int) -> list[torch.Tensor]:
@@ -50,18 +49,3 @@ def test_box_refuses_what_it_does_not_understand() -> None:
             mesh_sizes=(2, 2),
             coordinate=(0, 0),
         )
-
-
-def test_staging_copies_and_reuses_its_buffers() -> None:
-    stager = Stager()
-    tensors = {"a": torch.arange(6.0).reshape(2, 3).t(), "b": torch.tensor(3)}
-    first = stager.stage(tensors)
-    pointers = {name: chunk.local.data_ptr() for name, chunk in first.items()}
-    tensors["a"].add_(1)
-    assert torch.equal(first["a"].local, torch.arange(6.0).reshape(2, 3).t())
-    second = stager.stage(tensors)
-    assert {name: chunk.local.data_ptr() for name, chunk in second.items()} == pointers
-    assert torch.equal(second["a"].local, tensors["a"])
-    changed = stager.stage({"a": torch.zeros(7)})
-    assert changed["a"].local.shape == (7,)
-    assert set(stager._buffers) == {"a"}
