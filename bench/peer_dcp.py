@@ -90,11 +90,17 @@ class AsyncSave:
         return self._folder / str(step)
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """dcp.save with its defaults: one file a rank, one thread, fsync'd."""
-    dcp.save(dict(tensors), checkpoint_id=folder)
+class Files:
+    """Durable checkpoints by dcp.save and dcp.load with their defaults: one file a rank, written by
+    one thread and fsync'd."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
-def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """dcp.load in place."""
-    dcp.load(dict(tensors), checkpoint_id=folder)
+    def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write; collective."""
+        dcp.save(dict(tensors), checkpoint_id=self._folder / str(step))
+
+    def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Fill `tensors` in place; collective."""
+        dcp.load(dict(tensors), checkpoint_id=self._folder / str(step))

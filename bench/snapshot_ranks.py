@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -12,10 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phalanx.bench import peer_dcp, peer_torch_checkpointing
+from phalanx.bench import peer_dcp, peer_torch_checkpointing, snapshot_ours
+from phalanx.bench.snapshot_ours import Ours
 from phalanx.bench.snapshot_state import KINDS, State, make_work, synchronize
-from phalanx.checkpoint.config import CheckpointConfig, SnapshotConfig
-from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.mesh import build_mesh
 from phalanx.parallel.ranks import Ranks, process_group
@@ -24,8 +24,6 @@ from phalanx.train.config import Config
 WITHOUT, OURS, DCP = "without", "phalanx", "dcp"
 ROUNDS, STEPS = 5, 3
 """Where bench.rounds and bench.steps are empty."""
-LINGER_S = 60.0
-"""Seconds that a holder stays when the bench is killed."""
 
 
 class Saver(Protocol):
@@ -48,6 +46,16 @@ class Saver(Protocol):
 
     def close(self) -> None:
         """Called at the end."""
+
+
+class Files(Protocol):
+    """One way to save and load durably; all ranks call it together."""
+
+    def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Until it is complete and fsync'd."""
+
+    def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Fill `tensors` in place."""
 
 
 @dataclass(kw_only=True)
@@ -79,52 +87,6 @@ class Found:
     """Of the state, over all ranks."""
 
 
-class Ours:
-    """The checkpoint manager, as the trainer uses it."""
-
-    def __init__(self, folder: Path, ranks: Ranks, tensors: Mapping[str, Tensor]) -> None:
-        self._ranks = ranks
-        self.config = CheckpointConfig(
-            dir=str(folder),
-            save_last=False,
-            keep=0,
-            async_save=False,
-            snapshot=SnapshotConfig(every=1, linger_s=LINGER_S),
-        )
-        self.manager = self._manager()
-        self.manager.prepare(tensors)
-
-    def _manager(self) -> CheckpointManager:
-        return CheckpointManager(self.config, ranks=self._ranks, on_event=_no_failure)
-
-    def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """See `Saver`."""
-        self.manager.snapshot(step, tensors, {})
-
-    def gate(self) -> None:
-        """See `Saver`."""
-        self.manager.before_update()
-
-    def drain(self) -> None:
-        """See `Saver`."""
-        self.manager.wait()
-
-    def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """From the holder's memory, as a successor of this process would."""
-        successor = self._manager()
-        resumed = successor.resume(lambda *_: tensors)
-        successor.close()
-        if resumed is None or not resumed.from_memory or resumed.step != step:
-            raise RuntimeError(f"the snapshot of step {step} is not in memory: {resumed}")
-
-    def forget(self) -> None:
-        """Nothing: memory is used again."""
-
-    def close(self) -> None:
-        """End the holder."""
-        self.manager.close()
-
-
 def measure(ranks: Ranks, config: Config, memory: str, disk: str) -> Found:
     """Take turns at every kind of step, then save and load.
 
@@ -133,6 +95,7 @@ def measure(ranks: Ranks, config: Config, memory: str, disk: str) -> Found:
         disk: a folder that is on a disk.
     """
     settings = config.bench.snapshot
+    rounds, steps = config.bench.rounds or ROUNDS, config.bench.steps or STEPS
     with process_group(ranks):
         mesh = build_mesh(
             ParallelConfig(dp_shard=ranks.world_size),
@@ -143,32 +106,37 @@ def measure(ranks: Ranks, config: Config, memory: str, disk: str) -> Found:
         work = make_work(ranks, step_s=settings.step_s)
         found = Found(num_bytes=state.num_bytes)
         ours = Ours(Path(disk) / OURS, ranks, state.tensors)
-        sides: dict[str, Saver | None] = {WITHOUT: None, OURS: ours}
-        for staging in peer_dcp.STAGINGS:
-            sides[staging] = peer_dcp.AsyncSave(Path(memory) / staging, ranks, staging=staging)
-        if peer_torch_checkpointing.installed():
-            name = peer_torch_checkpointing.NAME
-            sides[name] = peer_torch_checkpointing.Saver(Path(memory) / name, state.tensors)
-        rounds, steps = config.bench.rounds or ROUNDS, config.bench.steps or STEPS
+        peers = make_peers(Path(memory), ranks, state)
+        sides: dict[str, Saver | None] = {WITHOUT: None, OURS: ours, **peers}
         for kind in KINDS:
             found.turns[kind] = {name: [] for name in sides}
             for number in range(rounds):
                 for name in list(sides) if number % 2 == 0 else list(sides)[::-1]:
-                    side = sides[name]
-                    turn = take_turn(side, state, work[kind], ranks, steps=steps)
+                    turn = take_turn(sides[name], state, work[kind], ranks, steps=steps)
                     found.turns[kind][name].append(turn)
-                    if side is None:
-                        continue
-                    if kind == KINDS[-1] and number == rounds - 1:
-                        found.wrong[name] = _loaded_wrong(side, state)
-                    side.forget()
+                    if (side := sides[name]) is not None:
+                        if kind == KINDS[-1] and number == rounds - 1:
+                            found.wrong[name] = loaded_wrong(side, state)
+                        side.forget()
             _note(ranks, f"{kind} steps are done")
-        for side in sides.values():
-            if side is not None and side is not ours:
-                side.close()
-        _save_and_load(found, ours, state, Path(disk), rounds=rounds)
+        for peer in peers.values():
+            peer.close()
+        ways = {OURS: snapshot_ours.Files(ours.manager), DCP: peer_dcp.Files(Path(disk) / DCP)}
+        save_and_load(found, ways, state, Path(disk), rounds=rounds)
         ours.close()
     return found
+
+
+def make_peers(memory: Path, ranks: Ranks, state: State) -> dict[str, Saver]:
+    """Those that can run here, by name; collective."""
+    made: dict[str, Saver] = {
+        staging: peer_dcp.AsyncSave(memory / staging, ranks, staging=staging)
+        for staging in peer_dcp.STAGINGS
+    }
+    if peer_torch_checkpointing.installed():
+        name = peer_torch_checkpointing.NAME
+        made[name] = peer_torch_checkpointing.Saver(memory / name, state.tensors)
+    return made
 
 
 def take_turn(
@@ -203,64 +171,50 @@ def take_turn(
     return turn
 
 
-def _loaded_wrong(side: Saver, state: State) -> int:
+def loaded_wrong(side: Saver, state: State) -> int:
     """Tensors of the last snapshot that differ; it was taken before the last update."""
     tensors = state.blank()
     side.load(state.updates - 1, tensors)
     return state.wrong(tensors, updates=state.updates - 1)
 
 
-def _save_and_load(found: Found, ours: Ours, state: State, disk: Path, *, rounds: int) -> None:
-    """Durable checkpoints of the same state, by turns; the first round only warms up."""
+def save_and_load(
+    found: Found, ways: Mapping[str, Files], state: State, disk: Path, *, rounds: int
+) -> None:
+    """Durable checkpoints of the same state, by turns; the first round only warms up.
+
+    Args:
+        disk: where they are, in a folder for each way, which is emptied after every round.
+    """
     tensors = state.blank()
-    found.save, found.load = ({OURS: [], DCP: []} for _ in range(2))
     for number in range(rounds + 1):
         state.update()
-        step, folder = state.updates, disk / DCP / str(number)
-        ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-            OURS: (
-                lambda: ours.manager.save(step, state.tensors, {}),  # noqa: B023
-                lambda: ours.manager.load(step, tensors),  # noqa: B023
-            ),
-            DCP: (
-                lambda: peer_dcp.save(folder, state.tensors),  # noqa: B023
-                lambda: peer_dcp.load(folder, tensors),  # noqa: B023
-            ),
-        }
+        step = state.updates
         for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
-            save_s, load_s = (_seconds(act) for act in ways[name])
+            save_s = _seconds(partial(ways[name].save, step, state.tensors))
+            load_s = _seconds(partial(ways[name].load, step, tensors))
             if number:
-                found.save[name].append(save_s)
-                found.load[name].append(load_s)
-            wrong = state.wrong(tensors, updates=step)
-            found.wrong[f"{name}.durable"] = found.wrong.get(f"{name}.durable", 0) + wrong
+                found.save.setdefault(name, []).append(save_s)
+                found.load.setdefault(name, []).append(load_s)
+            title = f"{name}.durable"
+            found.wrong.setdefault(title, 0)
+            found.wrong[title] += state.wrong(tensors, updates=step)
             for tensor in tensors.values():
-                tensor.zero_()
-        _empty(disk / DCP, Path(ours.config.dir))
+                tensor.to_local().zero_()
+        if dist.get_rank() == 0:
+            for folder in (path for way in disk.iterdir() for path in way.iterdir()):
+                if folder.is_dir():
+                    shutil.rmtree(folder)
+        dist.barrier()
 
 
-def _seconds(act: Callable[[], object]) -> float:
-    """Of all ranks together."""
+def _seconds(act: Callable[[], None]) -> float:
+    """Until the last rank is done."""
     dist.barrier()
     begin = time.perf_counter()
     act()
     dist.barrier()
     return time.perf_counter() - begin
-
-
-def _empty(*folders: Path) -> None:
-    """Delete the checkpoints in them; collective."""
-    if dist.get_rank() == 0:
-        for folder in folders:
-            for path in folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-    dist.barrier()
-
-
-def _no_failure(name: str, facts: dict[str, object]) -> None:
-    if name.endswith(("_failed", "_rejected", "_lost")):
-        raise RuntimeError(f"{name}: {facts}")
 
 
 def _note(ranks: Ranks, text: str) -> None:

@@ -38,7 +38,9 @@ class State:
         self._mesh = mesh
         self._rows = max(1, num_bytes // (3 * TRIPLES * COLUMNS * 4 * mesh.size()))
         self._names = [
-            f"{kind}.{number}" for number in range(TRIPLES) for kind in ("weight", "first", "second")
+            f"{kind}.{number}"
+            for number in range(TRIPLES)
+            for kind in ("weight", "first", "second")
         ]
         self.updates = 0
         """Steps that were taken."""

@@ -90,9 +90,9 @@ class Epoch:
     first: bool = True
     """Whether no snapshot of it was committed so far."""
 
-    def sources(self, locals_: Mapping[str, Tensor]) -> list[Tensor]:
-        """This rank's tensors in the order of its part."""
-        return [locals_[entry.name] for entry in self.table.entries]
+    def sources(self, chunks: Mapping[str, Chunk]) -> list[Tensor]:
+        """What this rank keeps, in the order of its part."""
+        return [chunks[entry.name].local for entry in self.table.entries]
 
     def fits(self, chunks: Mapping[str, Chunk]) -> bool:
         """Whether the chunks are those that the epoch was opened for."""

@@ -109,7 +109,8 @@ class Finder:
             assert self.place is not None
             source = recover(origin.memory, place=self.place, peers=self._peers)
         else:
-            assert origin.folder is not None and origin.manifest is not None
+            assert origin.folder is not None
+            assert origin.manifest is not None
             source = StorageSource(self._storage, origin.folder, origin.manifest)
         try:
             wanted, problem, rounded = check_fit(source, tensors)

@@ -52,9 +52,7 @@ class Box:
         begins = tuple(map(max, self.offsets, other.offsets))
         ends = (
             min(a + n, b + m)
-            for a, n, b, m in zip(
-                self.offsets, self.sizes, other.offsets, other.sizes, strict=True
-            )
+            for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         )
         sizes = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
         if any(size <= 0 for size in sizes):

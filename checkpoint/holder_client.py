@@ -1,6 +1,6 @@
 """How ranks and tools speak to the holder of their node.
 
-A rank attaches to its part's memory and fills it, then the holders protect it; see `holder_epoch`
+A rank attaches to its part's memory and fills it, then the holders protect it; see `holder_live`
 for the rules. Torch-free.
 """
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +236,10 @@ class HolderClient:
         self._call("forget", epoch=epoch)
 
     def finish(self) -> None:
-        """End the holder, and with it all that it holds."""
-        self._call("finish")
+        """End the holder, and with it all that it holds; returns when it is gone."""
+        with suppress(HolderGone):
+            while True:
+                self._call("finish")
 
     # --- of every rank ----------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ import os
 import socket
 from typing import Any
 
-from phalanx.checkpoint.holder_epoch import HolderEpoch
+from phalanx.checkpoint.holder_live import LiveEpoch
 from phalanx.checkpoint.holder_service import Service
 from phalanx.checkpoint.holder_spec import HolderError
 from phalanx.checkpoint.transport import hung_up, receive, send
@@ -19,7 +19,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, service: Service) -> None:
         self._sock, self._service = sock, service
-        self._ranks: set[tuple[HolderEpoch, int]] = set()
+        self._ranks: set[tuple[LiveEpoch, int]] = set()
 
     def run(self) -> None:
         """Answer requests until the client hangs up."""
@@ -77,20 +77,20 @@ class Connection:
 
     def _do_attach(self, request: dict[str, Any]) -> Reply:
         self._service.join(self)
-        epoch, rank = self._service.epoch(request["epoch"]), int(request["rank"])
+        epoch, rank = self._service.live(request["epoch"]), int(request["rank"])
         value, fds = epoch.attach(rank, self)
         self._ranks.add((epoch, rank))
         return {"value": value}, fds
 
     def _do_begin(self, request: dict[str, Any]) -> Any:
-        self._service.epoch(request["epoch"]).begin(request["slot"], request["step"])
+        self._service.live(request["epoch"]).begin(request["slot"], request["step"])
 
     def _do_filled(self, request: dict[str, Any]) -> Any:
-        epoch, rank = self._service.epoch(request["epoch"]), int(request["rank"])
+        epoch, rank = self._service.live(request["epoch"]), int(request["rank"])
         epoch.filled(rank, request["slot"], request["step"], request["bytes"])
 
     def _do_protect(self, request: dict[str, Any]) -> Any:
-        epoch = self._service.epoch(request["epoch"])
+        epoch = self._service.live(request["epoch"])
         generation = epoch.protect(request["slot"], request["step"], alive=self._alive)
         return {
             "digest": generation.digest,
@@ -100,7 +100,7 @@ class Connection:
         }
 
     def _do_commit(self, request: dict[str, Any]) -> Any:
-        self._service.epoch(request["epoch"]).commit(
+        self._service.live(request["epoch"]).commit(
             request["slot"], request["step"], digests=request["digests"], meta=request["meta"]
         )
 

@@ -14,13 +14,13 @@ from typing import Any
 import xxhash
 
 from phalanx.checkpoint.config import StorageConfig
-from phalanx.checkpoint.holder_epoch import ALIVE_S, HolderEpoch
+from phalanx.checkpoint.holder_epoch import HolderEpoch
 from phalanx.checkpoint.holder_slots import Generation, Member
 from phalanx.checkpoint.holder_spec import HolderError
 from phalanx.checkpoint.manifest import StoredParity, StoredPart
 from phalanx.checkpoint.part_file import write_part
 from phalanx.checkpoint.storage import Storage, open_storage
-from phalanx.checkpoint.transport import CHUNK_BYTES
+from phalanx.checkpoint.transport import ALIVE_S, CHUNK_BYTES
 
 FILES_AT_ONCE = 4
 JOBS_KEPT = 4

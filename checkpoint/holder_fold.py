@@ -5,7 +5,7 @@ import threading
 import time
 
 from phalanx.checkpoint.erasure import Codec
-from phalanx.checkpoint.holder_epoch import HolderEpoch
+from phalanx.checkpoint.holder_live import LiveEpoch
 from phalanx.checkpoint.holder_slots import Generation
 from phalanx.checkpoint.transport import (
     CHUNK_BYTES,
@@ -29,8 +29,7 @@ class Folder:
     longest counts as zeros behind its end.
     """
 
-    def __init__(self, epoch: HolderEpoch) -> None:
-        assert epoch.own is not None
+    def __init__(self, epoch: LiveEpoch) -> None:
         self._epoch, self._member = epoch, epoch.own
         self._codec = Codec(epoch.own.stripes.k, epoch.own.stripes.m)
         self._locks = [threading.Lock() for _ in range(LOCKS)]
@@ -85,7 +84,7 @@ class Incoming:
     """The connection on which one member pushes; what failed here is said on the way back."""
 
     def __init__(
-        self, sock: socket.socket, epoch: HolderEpoch, folder: Folder, *, source: int
+        self, sock: socket.socket, epoch: LiveEpoch, folder: Folder, *, source: int
     ) -> None:
         self._sock, self._epoch, self._folder = sock, epoch, folder
         self._source = source

@@ -7,8 +7,8 @@ import socket
 import threading
 from functools import partial
 
-from phalanx.checkpoint.holder_epoch import HolderEpoch
 from phalanx.checkpoint.holder_fold import Folder, Incoming
+from phalanx.checkpoint.holder_live import LiveEpoch
 from phalanx.checkpoint.holder_push import Sender
 from phalanx.checkpoint.holder_slots import Generation, combined
 from phalanx.checkpoint.transport import CHUNK_BYTES
@@ -20,8 +20,7 @@ HASH_BYTES = 4 * CHUNK_BYTES
 class Protection:
     """Keeps an epoch's own member protected until the epoch is over."""
 
-    def __init__(self, epoch: HolderEpoch) -> None:
-        assert epoch.own is not None
+    def __init__(self, epoch: LiveEpoch) -> None:
         self.epoch = epoch
         self._folder = Folder(epoch) if epoch.own.peers else None
         self._senders = [Sender(epoch, peer) for peer in epoch.own.peers]
@@ -34,7 +33,6 @@ class Protection:
 
     def serve(self, sock: socket.socket, source: int) -> None:
         """Take a member's pushes, until its connection ends."""
-        assert self.epoch.own is not None
         if self._folder is None or source not in self.epoch.own.peers:
             sock.close()
             return
@@ -80,7 +78,6 @@ class Protection:
     def _find(self) -> "partial[None] | None":
         """Work that can be done now; with the lock."""
         own = self.epoch.own
-        assert own is not None
         for generation in self.epoch.filling():
             for rank in own.ranks:
                 begin, end = generation.hashed[rank], generation.filled[rank]
@@ -101,7 +98,6 @@ class Protection:
 
     def _digest(self, generation: Generation) -> None:
         own = self.epoch.own
-        assert own is not None
         digest = combined([generation.hashers[rank].intdigest() for rank in own.ranks])
         with self.epoch.changed:
             generation.digest = digest

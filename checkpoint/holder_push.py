@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from phalanx.checkpoint.holder_epoch import HolderEpoch
+from phalanx.checkpoint.holder_live import LiveEpoch
 from phalanx.checkpoint.holder_slots import Generation, Member
 from phalanx.checkpoint.transport import (
     CHUNK_BYTES,
@@ -28,8 +28,7 @@ OPEN_S = 20.0
 class Sender:
     """Pushes to one member, from one thread."""
 
-    def __init__(self, epoch: HolderEpoch, peer: int) -> None:
-        assert epoch.own is not None
+    def __init__(self, epoch: LiveEpoch, peer: int) -> None:
         self._epoch, self._own, self._peer = epoch, epoch.own, peer
         self._sock: socket.socket | None = None
 

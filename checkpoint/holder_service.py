@@ -9,6 +9,7 @@ from typing import Any
 
 from phalanx.checkpoint.holder_drain import Drains
 from phalanx.checkpoint.holder_epoch import HolderEpoch
+from phalanx.checkpoint.holder_live import LiveEpoch
 from phalanx.checkpoint.holder_peers import PeerServer
 from phalanx.checkpoint.holder_protect import Protection
 from phalanx.checkpoint.holder_rebuild import rebuild
@@ -55,6 +56,17 @@ class Service:
             if name not in self._epochs:
                 raise HolderError(f"no epoch {name} here")
             return self._epochs[name]
+
+    def live(self, name: str) -> LiveEpoch:
+        """An epoch that ranks fill, or filled, here.
+
+        Raises:
+            HolderError: it is none.
+        """
+        epoch = self.epoch(name)
+        if not isinstance(epoch, LiveEpoch):
+            raise HolderError(f"epoch {name} was not opened here, only rebuilt")
+        return epoch
 
     def protection(self, name: str) -> Protection | None:
         """The threads of an epoch that is in use."""
@@ -105,16 +117,16 @@ class Service:
                 known = self._epochs.get(spec.epoch)
                 older = [epoch for epoch in self._epochs.values() if epoch is not known]
             if known is not None:
-                if known.own is None or known.own.number != member or known.frozen:
+                if not isinstance(known, LiveEpoch) or known.own.number != member or known.frozen:
                     raise HolderError(f"epoch {spec.epoch} was opened before, otherwise")
                 return
             for epoch in older:
-                self._end(epoch, HolderEpoch.freeze)
-            epoch = HolderEpoch(spec, own=member)
-            _allocate(epoch, populate)
+                self._end(epoch, epoch.freeze)
+            opened = LiveEpoch(spec, own=member)
+            _allocate(opened, populate)
             with self._lock:
-                self._epochs[spec.epoch] = epoch
-                self._protections[spec.epoch] = Protection(epoch)
+                self._epochs[spec.epoch] = opened
+                self._protections[spec.epoch] = Protection(opened)
         logger.info("epoch %s opened as member %d of %d", spec.epoch, member, len(spec.ranks))
 
     def rebuild(
@@ -141,7 +153,7 @@ class Service:
                 sources=sources,
             )
             if epoch is None:
-                epoch = HolderEpoch(spec, own=None)
+                epoch = HolderEpoch(spec)
                 with self._lock:  # before those that are in use: it is older
                     self._epochs = {spec.epoch: epoch, **self._epochs}
             epoch.adopt(found)
@@ -152,7 +164,7 @@ class Service:
         with self._lock:
             epoch = self._epochs.pop(name, None)
         if epoch is not None:
-            self._end(epoch, HolderEpoch.close)
+            self._end(epoch, epoch.close)
             self._drains.forget(name)
             logger.info("epoch %s forgotten", name)
 
@@ -164,22 +176,21 @@ class Service:
         """End the holder."""
         self._stop.set()
 
-    def _end(self, epoch: HolderEpoch, how: Callable[[HolderEpoch], None]) -> None:
-        how(epoch)
+    def _end(self, epoch: HolderEpoch, how: Callable[[], None]) -> None:
+        how()
         with self._lock:
             protection = self._protections.pop(epoch.spec.epoch, None)
         if protection is not None:
             protection.hang_up()
 
 
-def _allocate(epoch: HolderEpoch, populate: int) -> None:
+def _allocate(epoch: LiveEpoch, populate: int) -> None:
     """Give every slot its memory; `populate` of them take it at once.
 
     Raises:
         HolderError: there is not so much.
     """
     own = epoch.own
-    assert own is not None
     needed, free = own.slot_bytes * min(populate, epoch.spec.num_slots), available_bytes()
     if needed > free:
         raise HolderError(

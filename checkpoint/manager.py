@@ -86,7 +86,7 @@ class CheckpointManager:
         self._log_dir = log_dir
         self._device = ranks.device
         self._copying = copying
-        self._boxes = Boxes()
+        self._boxes, self._eager_boxes = Boxes(), Boxes()
         self._snapshots: Snapshots | None = None
         self._place: Place | None = None
         job = self._peers.agree("look for the run's name", self._read_job)[0]
@@ -117,7 +117,7 @@ class CheckpointManager:
     def snapshot(
         self,
         step: int,
-        tensors: Mapping[str, Tensor],
+        tensors: Callable[[], Mapping[str, Tensor]],
         meta: Mapping[str, Any],
         *,
         eager: Mapping[str, Tensor] | None = None,
@@ -125,8 +125,9 @@ class CheckpointManager:
     ) -> float:
         """Begin a snapshot of `step`, and with `durable` its way to storage.
 
-        Where ranks hold the same name, they hold parts or equal copies of one tensor. `tensors` may
-        change only after `before_update`; what is in `eager` may change at once.
+        Where ranks hold the same name, they hold parts or equal copies of one tensor. `tensors` is
+        asked in another thread, and what it gives may change only after `before_update`; what is
+        in `eager` may change at once.
 
         Returns:
             Seconds that the caller was blocked.
@@ -140,8 +141,8 @@ class CheckpointManager:
         pin = durable and self._node.leader
         future = snapshots.take(
             step,
-            self._boxes.of(tensors),
-            eager=self._boxes.of(eager or {}),
+            lambda: self._boxes.of(tensors()),
+            eager=self._eager_boxes.of(eager or {}),
             meta=_as_json(meta),
             pin=pin,
         )
@@ -170,7 +171,7 @@ class CheckpointManager:
             CheckpointError: a synchronous save failed.
         """
         start = time.perf_counter()
-        self.snapshot(step, tensors, meta, durable=True)
+        self.snapshot(step, lambda: tensors, meta, durable=True)
         self.before_update()
         if not self._config.async_save:
             self.wait()
@@ -288,7 +289,8 @@ class CheckpointManager:
 
     def _write(self, taking: "Future[Taken]") -> Saved:
         """In the writer's thread, on a node's first rank."""
-        assert self._place is not None and self._leaders is not None
+        assert self._place is not None
+        assert self._leaders is not None
         assert self._snapshots is not None
         taken = taking.result()
         try:

@@ -50,7 +50,9 @@ class _Request:
     """A snapshot on its way."""
 
     step: int
-    chunks: dict[str, Chunk]
+    chunks: Callable[[], dict[str, Chunk]]
+    """Found in the thread: there may be thousands."""
+    eager: dict[str, Chunk]
     ready: "torch.cuda.Event | None"
     meta: Mapping[str, Any]
     pin: bool
@@ -92,7 +94,7 @@ class Snapshots:
     def take(
         self,
         step: int,
-        chunks: Mapping[str, Chunk],
+        chunks: Callable[[], dict[str, Chunk]],
         *,
         eager: Mapping[str, Chunk],
         meta: Mapping[str, Any],
@@ -100,8 +102,8 @@ class Snapshots:
     ) -> "Future[Taken]":
         """Begin the snapshot of `step`; returns at once.
 
-        The tensors behind `chunks` must not change before `before_update` was called; those behind
-        `eager` may, they are copied here.
+        The tensors that `chunks` gives (asked in the thread) must not change before `before_update`
+        was called; those behind `eager` may, they are copied here.
 
         Args:
             pin: keep the slot as it is until `release`.
@@ -109,7 +111,8 @@ class Snapshots:
         self.before_update()
         request = _Request(
             step=step,
-            chunks={**chunks, **self._copied(eager)},
+            chunks=chunks,
+            eager=self._copied(eager),
             ready=self._copier.mark(),
             meta=meta,
             pin=pin,
@@ -172,24 +175,25 @@ class Snapshots:
 
     def _run(self, request: _Request) -> Taken:
         try:
-            epoch, slot = self._agree(request)
-            return self._take(request, epoch, slot)
+            chunks = request.chunks() | request.eager
+            epoch, slot = self._agree(request.step, chunks)
+            return self._take(request, chunks, epoch, slot)
         except Exception:
             self._broken = True
             raise
         finally:
             request.copied.set()
 
-    def _agree(self, request: _Request) -> tuple[Epoch, int]:
+    def _agree(self, step: int, chunks: Mapping[str, Chunk]) -> tuple[Epoch, int]:
         """The epoch and the slot that every rank uses for this snapshot."""
         epoch = self._epoch
-        again = request.step <= self._last_step  # steps of an epoch only grow
-        stale = again or self._broken or epoch is None or not epoch.fits(request.chunks)
-        self._last_step = request.step
+        again = step <= self._last_step  # steps of an epoch only grow
+        stale = again or self._broken or epoch is None or not epoch.fits(chunks)
+        self._last_step = step
         slot = self._free_slot() if self._peers.rank == 0 and not stale else 0
         anew, slot = self._reduce([stale, slot], dist.ReduceOp.MAX)
         if anew:
-            return self._open(request.chunks), 0
+            return self._open(chunks), 0
         assert epoch is not None
         return epoch, slot
 
@@ -205,11 +209,13 @@ class Snapshots:
                         return slot
                 self._freed.wait()
 
-    def _take(self, request: _Request, epoch: Epoch, slot: int) -> Taken:
+    def _take(
+        self, request: _Request, chunks: Mapping[str, Chunk], epoch: Epoch, slot: int
+    ) -> Taken:
         """Copy, protect, commit."""
         error: Exception | None = None
         try:
-            self._copy(request, epoch, slot)
+            self._copy(request, epoch.sources(chunks), epoch, slot)
         except Exception as caught:
             error = caught
         finally:
@@ -249,7 +255,7 @@ class Snapshots:
             sent_bytes=work["sent_bytes"],
         )
 
-    def _copy(self, request: _Request, epoch: Epoch, slot: int) -> None:
+    def _copy(self, request: _Request, sources: list[Tensor], epoch: Epoch, slot: int) -> None:
         rank, client = self._peers.rank, epoch.client
         client.begin(epoch.name, slot, request.step)
 
@@ -258,7 +264,7 @@ class Snapshots:
             request.copied.set()
 
         self._copier.copy(
-            epoch.sources({name: chunk.local for name, chunk in request.chunks.items()}),
+            sources,
             epoch.memory[slot],
             ready=request.ready,
             on_issued=issued,

@@ -25,6 +25,9 @@ GREETING_S = 10.0
 SILENCE_S = 90
 """Seconds after which bytes sent to another machine must have been taken there."""
 
+ALIVE_S = 0.5
+"""Seconds between two looks whether who waits for an answer is still there."""
+
 Address = tuple[str, int]
 
 

@@ -14,8 +14,8 @@ from phalanx.checkpoint.config import StorageConfig
 from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest
 from phalanx.checkpoint.storage import open_storage
 from phalanx.checkpoint.tool.places import INSIDE_RUN, Place, find
+from phalanx.checkpoint.tool.plan import Cutting
 from phalanx.checkpoint.tool.report import Report
-from phalanx.checkpoint.tool.restore import Cutting
 from phalanx.launch.checkpoint_flags import USAGES, Flags, megabytes, pairs, parse, whole
 from phalanx.launch.failure import BadInput, user_input
 

@@ -1,7 +1,9 @@
 """`phalanx doctor`: what this machine can do; for what it cannot, the cause and what to do."""
 
 import json
+import secrets
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +63,8 @@ def examine(folder: Path) -> Iterator[Finding]:
         machine.check_loopback,
         machine.check_compiler,
         *(_package(*row) for row in PACKAGES),
+        _erasure,
+        _holder,
         _gloo,
         _nccl,
     )
@@ -71,6 +75,11 @@ def examine(folder: Path) -> Iterator[Finding]:
 PACKAGES = (
     ("tokenizers", State.fail, "phalanx data prepare needs it: pip install tokenizers"),
     ("tensorboard", State.fail, "monitor.tensorboard needs it: pip install tensorboard"),
+    (
+        "s3fs",
+        State.warn,
+        "checkpoint.dir=s3://... needs it: pip install 'phalanx-train[s3]'",
+    ),
     ("ray", State.warn, "launch=ray needs it: pip install 'phalanx-train[ray]'"),
     (
         "transformers",
@@ -89,6 +98,38 @@ def _package(name: str, absent: State, advice: str) -> Callable[[], Finding]:
         return Finding(name=name, state=State.ok, found=version)
 
     return check
+
+
+def _erasure() -> Finding:
+    from phalanx.checkpoint.erasure import best_backend
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        name = best_backend().name
+    if not caught:
+        return Finding(name="erasure", state=State.ok, found=name)
+    advice = "; ".join(str(warning.message) for warning in caught)
+    return Finding(name="erasure", state=State.warn, found=name, advice=advice)
+
+
+def _holder() -> Finding:
+    """Start what keeps snapshots, ask it something, and end it."""
+    from phalanx.checkpoint.holder_client import HolderClient, HolderError, start_holder
+
+    job = secrets.token_hex(8)
+    try:
+        start_holder(job, 0, linger_s=1.0, log=None)
+        client = HolderClient.connect(job, 0)
+        client.inventory()
+        client.finish()
+    except (HolderError, OSError, ValueError) as error:
+        return Finding(
+            name="holder",
+            state=State.fail,
+            found=str(error),
+            advice="checkpoints and snapshots need it",
+        )
+    return Finding(name="holder", state=State.ok, found="starts and answers")
 
 
 def _gloo() -> Finding:

@@ -10,8 +10,8 @@ import numpy as np
 
 from phalanx.checkpoint.manifest import Manifest
 from phalanx.checkpoint.tool.metered import Metered
+from phalanx.checkpoint.tool.plan import Cutting
 from phalanx.checkpoint.tool.reading import tensors_of
-from phalanx.checkpoint.tool.restore import Cutting
 from phalanx.launch import checkpoint_verb
 from phalanx.launch.cli import main
 from tests.stored import cut

@@ -207,6 +207,17 @@ def content(nbytes: int, rank: int, step: int) -> bytes:
     return random.Random(f"{rank} {step}").randbytes(nbytes)
 
 
+def snapshot_memory(pid: int) -> int:
+    """Bytes of the snapshots' memory that a process has mapped and that are there."""
+    total, ours = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if "-" in line.split()[0] and ":" not in line.split()[0]:
+            ours = "memfd:phalanx" in line
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
 def together(do: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
     """The results by item; each in a thread, the first error is raised when all have ended."""
     items = list(items)

@@ -293,15 +293,15 @@ class Trainer:
                 "run.dir for a new run"
             )
 
-    def _state(self) -> dict[str, Tensor]:
-        """All that a resume in any layout needs, but for `Engine.rank_tensors`."""
-        return self.engine.state_tensors() | random_states(self.ranks.rank, self.ranks.device)
+    def _eager(self) -> dict[str, Tensor]:
+        """What the next forward or backward changes of the state."""
+        return self.engine.rank_tensors() | random_states(self.ranks.rank, self.ranks.device)
 
     def _prepare_saving(self) -> None:
         """Take the memory that saving will need, and save what the run before still owed."""
         config, done = self.config.checkpoint, self.first_step
         if config.every or config.save_last or config.snapshot.every:
-            self.checkpoints.prepare(self._state() | self.engine.rank_tensors())
+            self.checkpoints.prepare(self.engine.state_tensors() | self._eager())
         if done and self._save_is_due(done):
             self._save(done)
 
@@ -312,11 +312,12 @@ class Trainer:
         if durable:
             self.report.sync()
             self.saved_step = done
+        self.engine.settle()
         self.checkpoints.snapshot(
             done,
-            self._state(),
+            self.engine.state_tensors,
             self._about | progress(self.config, done),
-            eager=self.engine.rank_tensors(),
+            eager=self._eager(),
             durable=durable,
         )
         if durable and not self.config.checkpoint.async_save:

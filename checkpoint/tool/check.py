@@ -5,12 +5,10 @@ parity or another copy, files under each other's names are told by their checksu
 a manifest is restored from its backup (and the other way round).
 """
 
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
-from phalanx.checkpoint.checksums import check_files, digest_range
+from phalanx.checkpoint.checksums import check_files
 from phalanx.checkpoint.coverage import uncovered
 from phalanx.checkpoint.manifest import (
     BACKUP,
@@ -20,42 +18,13 @@ from phalanx.checkpoint.manifest import (
 )
 from phalanx.checkpoint.manifest import NAME as MANIFEST
 from phalanx.checkpoint.storage import Storage
-from phalanx.checkpoint.tool.mend import Mender
 from phalanx.checkpoint.tool.metered import Metered
 from phalanx.checkpoint.tool.places import Place, step_of
 from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.reading import Reader
+from phalanx.checkpoint.tool.repair import MENDED, Checked, find_ways, mend
 from phalanx.checkpoint.tool.report import Report, plural, size
-from phalanx.checkpoint.tool.state import RESTORING, UNFINISHED, look
-
-OnBytes = Callable[[int], None]
-ASIDE = ".misplaced"
-"""Ending of a file's name while contents change places."""
-
-
-@dataclass(kw_only=True)
-class Checked:
-    """What was found of one checkpoint."""
-
-    folder: str
-    state: str
-    """complete, broken, unfinished or restoring; mended where a repair left nothing broken."""
-    reason: str = ""
-    """Why nothing of it could be checked."""
-    faults: dict[str, str] = field(default_factory=dict)
-    """Broken file to what is wrong with it."""
-    ways: dict[str, str] = field(default_factory=dict)
-    """Broken file to what it can be mended out of."""
-    mended: dict[str, str] = field(default_factory=dict)
-    """File to what it was mended out of."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """File to why mending it failed."""
-    manifest: Manifest | None = None
-
-    @property
-    def fine(self) -> bool:
-        """Whether it can be loaded, and nothing of it is amiss."""
-        return self.state in ("complete", "mended")
+from phalanx.checkpoint.tool.state import BROKEN, COMPLETE, RESTORING, UNFINISHED, look
 
 
 def verify(
@@ -86,6 +55,8 @@ def verify(
         if not item.fine and (single or item.state not in (UNFINISHED, RESTORING))
     ]
     lines = [line for item in found for line in _lines(place, item, repair=repair)]
+    if not found:
+        lines = [f"{place.storage.url}: no checkpoints yet"]
     return Report(
         lines=lines,
         content={
@@ -102,53 +73,59 @@ def examine(
 ) -> Checked:
     """Check a folder's manifests and files, and mend them if `repair`."""
     listed = look(storage, folder)
-    begun = listed.state == UNFINISHED and not storage.exists(f"{folder}/{BACKUP}")
-    if begun or listed.state == RESTORING:
+    if listed.state == RESTORING:
         return Checked(folder=folder, state=listed.state, reason=listed.reason)
     readable, faults = _manifests(storage, folder)
-    if not readable:
-        return Checked(folder=folder, state="broken", reason=faults[MANIFEST], faults=faults)
-    found = [_check(storage, folder, manifest) for manifest in readable.values()]
-    best = min(found, key=lambda item: len(item.faults))  # a foreign manifest fits no file
-    assert best.manifest is not None
-    source = next(name for name, manifest in readable.items() if manifest is best.manifest)
-    if len(readable) == 2:
-        twin = BACKUP if source == MANIFEST else MANIFEST
-        if storage.read(f"{folder}/{twin}") != storage.read(f"{folder}/{source}"):
-            faults[twin] = f"{twin} is another checkpoint's"
-    whole = not best.faults
-    if listed.state == UNFINISHED and not whole:  # a save or a deletion ended in between
+    found = [(name, _check(storage, folder, manifest)) for name, manifest in readable.items()]
+    # Where the two differ, a stranger's fits no file.
+    source, best = min(
+        found,
+        key=lambda item: (bool(item[1].reason), len(item[1].faults)),
+        default=("", Checked(folder=folder, state=BROKEN, reason=faults.get(MANIFEST, ""))),
+    )
+    if listed.state == UNFINISHED and not best.fine:  # no save or deletion ended just before
         return Checked(folder=folder, state=UNFINISHED, reason=listed.reason)
-    _find_ways(storage, folder, best, other)
+    if best.manifest is None or best.reason:
+        return best
+    faults |= {name: f"{name} is another one's" for name in readable if name != source}
+    find_ways(storage, folder, best, other)
     if repair:
-        _mend(storage, folder, best, other)
+        mend(storage, folder, best, other)
+    whole = not best.faults.keys() - best.mended.keys()
     for name, why in faults.items():
-        best.faults[name] = why
-        best.ways[name] = source
-        if repair and not best.faults.keys() - faults.keys() - best.mended.keys():
+        best.faults[name], best.ways[name] = why, source
+        if repair and whole:
             storage.write(f"{folder}/{name}", [storage.read(f"{folder}/{source}")])
             best.mended[name] = source
-    if best.faults and not best.faults.keys() - best.mended.keys():
-        best.state = "mended"
-    elif best.faults:
-        best.state = "broken"
+    if best.faults:
+        best.state = BROKEN if best.faults.keys() - best.mended.keys() else MENDED
     return best
 
 
 def _manifests(storage: Storage, folder: str) -> tuple[dict[str, Manifest], dict[str, str]]:
-    """Manifests of the folder's step that can be read, by file; and why others cannot."""
+    """Manifests of the folder's step, by file (one if both are alike); why others are not."""
     readable: dict[str, Manifest] = {}
     faults: dict[str, str] = {}
+    texts = {
+        name: storage.read(f"{folder}/{name}")
+        for name in (MANIFEST, BACKUP)
+        if storage.exists(f"{folder}/{name}")
+    }
     for name in (MANIFEST, BACKUP):
+        if name not in texts:
+            faults[name] = f"{name} is missing"
+            continue
+        if name == BACKUP and readable and texts[name] == texts[MANIFEST]:
+            continue
         try:
             manifest = read_manifest(storage, folder, name=name)
         except BrokenCheckpointError as error:
             faults[name] = str(error)
             continue
-        if step_of(folder) not in (-1, manifest.step):
+        if step_of(folder) in (-1, manifest.step):
+            readable[name] = manifest
+        else:
             faults[name] = f"{name} is of step {manifest.step}"
-            continue
-        readable[name] = manifest
     return readable, faults
 
 
@@ -156,65 +133,12 @@ def _check(storage: Storage, folder: str, manifest: Manifest) -> Checked:
     """Every file against one manifest."""
     gap = uncovered(manifest)
     if gap is not None:  # as it was written: nothing can be mended
-        return Checked(folder=folder, state="broken", reason=gap, manifest=manifest)
+        return Checked(folder=folder, state=BROKEN, reason=gap, manifest=manifest)
     with byte_bar(f"checking {folder}", manifest.nbytes) as done:
         metered = Metered(storage, done)
         faults = check_files(metered, folder, manifest, manifest.files)
-    state = "broken" if faults else "complete"
+    state = BROKEN if faults else COMPLETE
     return Checked(folder=folder, state=state, faults=faults, manifest=manifest)
-
-
-def _find_ways(storage: Storage, folder: str, checked: Checked, other: Reader | None) -> None:
-    assert checked.manifest is not None
-    for name, source in misplaced(storage, folder, checked).items():
-        checked.ways[name] = source
-    broken = [name for name in checked.faults if name not in checked.ways]
-    mender = Mender(storage, folder, checked.manifest, broken=broken, other=other)
-    checked.ways |= mender.mendable()
-
-
-def misplaced(storage: Storage, folder: str, checked: Checked) -> dict[str, str]:
-    """Broken file to the broken file that has its content."""
-    assert checked.manifest is not None
-    files = checked.manifest.files
-    sizes = {files[name].size for name in checked.faults}
-    contents: dict[str, str] = {}
-    for name in checked.faults if len(checked.faults) > 1 else ():
-        with suppress(OSError):
-            there = storage.size(f"{folder}/{name}")
-            if there in sizes:
-                contents[digest_range(storage, f"{folder}/{name}", 0, there)] = name
-    found = {name: contents.get(files[name].xxh3_64) for name in checked.faults}
-    return {name: source for name, source in found.items() if source is not None}
-
-
-def _mend(storage: Storage, folder: str, checked: Checked, other: Reader | None) -> None:
-    """Mend what can be mended."""
-    assert checked.manifest is not None
-    files = checked.manifest.files
-    moved = {n: source for n, source in checked.ways.items() if source in files}
-    for name, source in moved.items():  # all aside before any is overwritten
-        content = _pieces(storage, f"{folder}/{source}", files[name].size)
-        storage.write(f"{folder}/{name}{ASIDE}", content)
-    for name in moved:
-        aside = f"{folder}/{name}{ASIDE}"
-        storage.write(f"{folder}/{name}", _pieces(storage, aside, files[name].size))
-        storage.delete(aside)
-    checked.mended |= moved
-    broken = [name for name in checked.faults if name not in moved]
-    mender = Mender(storage, folder, checked.manifest, broken=broken, other=other)
-    total = sum(files[name].size for name in mender.mendable())
-    with byte_bar(f"mending {folder}", total) as done:
-        mended, checked.failed = mender.mend(on_bytes=done)
-    checked.mended |= mended
-
-
-def _pieces(storage: Storage, path: str, count: int) -> Any:
-    buffer = memoryview(bytearray(min(count, 8 << 20)))
-    for at in range(0, count, 8 << 20):
-        view = buffer[: min(len(buffer), count - at)]
-        storage.read_into(path, at, view)
-        yield view
 
 
 def _copy_of(folder: str, other: Place) -> Reader | None:
@@ -229,7 +153,7 @@ def _copy_of(folder: str, other: Place) -> Reader | None:
 
 def _lines(place: Place, item: Checked, *, repair: bool) -> list[str]:
     url = place.url(item.folder)
-    if item.state == "complete":
+    if item.state == COMPLETE:
         assert item.manifest is not None
         files, nbytes = len(item.manifest.files), item.manifest.nbytes
         return [f"{url}: complete, {plural(files, 'file')} of {size(nbytes)} hold their checksums"]

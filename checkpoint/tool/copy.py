@@ -21,8 +21,9 @@ from phalanx.checkpoint.manifest import (
 from phalanx.checkpoint.storage import Bytes
 from phalanx.checkpoint.tool.journal import NAME as JOURNAL
 from phalanx.checkpoint.tool.journal import VERSION
+from phalanx.checkpoint.tool.plan import Plan, Restored
 from phalanx.checkpoint.tool.progress import byte_bar
-from phalanx.checkpoint.tool.restore import THREADS, Plan, Restored
+from phalanx.checkpoint.tool.restore import THREADS
 
 READ_BYTES = 8 << 20
 

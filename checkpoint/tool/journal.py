@@ -66,11 +66,6 @@ class Journal:
         """Make the lines durable."""
         os.fsync(self._file)
 
-    def remove(self) -> None:
-        """The restore is complete."""
-        self._path.unlink(missing_ok=True)
-        self.close()
-
     def close(self) -> None:
         """Let go of the file."""
         os.close(self._file)

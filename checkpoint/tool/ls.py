@@ -33,7 +33,8 @@ def ls(place: Place | None) -> Report:
         memory, silent = in_memory()
     else:
         listed = [look(place.storage, folder) for folder in place.folders()]
-        lines += [place.storage.url, *_table(listed)]
+        table = _table(listed) if listed else ["  no checkpoints yet"]
+        lines += [place.storage.url, *table]
         job = read_job(place.storage)
         if job is not None:
             memory, silent = in_memory(job)

@@ -21,8 +21,9 @@ from phalanx.checkpoint.tool.copy import restore_by_files
 from phalanx.checkpoint.tool.journal import NAME as JOURNAL
 from phalanx.checkpoint.tool.metered import Metered
 from phalanx.checkpoint.tool.places import Place, step_of, target
+from phalanx.checkpoint.tool.plan import SAME, Cutting, Plan, Restored
 from phalanx.checkpoint.tool.report import Report, layout_of, plural, size
-from phalanx.checkpoint.tool.restore import SAME, Cutting, Plan, Restored, restore_to_folder
+from phalanx.checkpoint.tool.restore import restore_to_folder
 
 Cut = Callable[[Manifest], Cutting]
 """How another layout cuts the tensors of a checkpoint."""
@@ -76,6 +77,7 @@ def restore(
     if _stands(plan):
         line = f"{storage.url}/{name}: stands already, nothing to do"
         return Report(lines=[line], content=_content(plan, None) | {"state": "complete"})
+    _refuse_a_save(plan)
     if dry_run:
         return _forecast(plan)
     if storage.local is not None:
@@ -136,6 +138,20 @@ def _stands(plan: Plan) -> bool:
         )
     plan.target.delete(f"{plan.name}/{JOURNAL}")  # a kill between the manifest and this
     return True
+
+
+def _refuse_a_save(plan: Plan) -> None:
+    """Whether what is there may be a save that runs, or ended half-way.
+
+    Raises:
+        ValueError: it may.
+    """
+    names = plan.target.names(plan.name)
+    if names and JOURNAL not in names:
+        raise ValueError(
+            f"{plan.target.url}/{plan.name}: holds files of a save that did not end, or still "
+            "runs; name another folder, or delete it"
+        )
 
 
 def _staged(plan: Plan, staging: Path | None, config: StorageConfig | None) -> Restored:

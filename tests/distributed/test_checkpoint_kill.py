@@ -112,7 +112,7 @@ def save_until_killed(ranks: Ranks, root: Path, delay_s: float) -> None:
         for step in range(start, start + 10_000):
             manager.before_update()
             tensors["x"].fill_(step)
-            manager.snapshot(step, tensors, {"step": step}, durable=step % 3 == 0)
+            manager.snapshot(step, lambda: tensors, {"step": step}, durable=step % 3 == 0)
 
 
 def check_newest(ranks: Ranks, root: Path) -> tuple[int, bool, Events]:

@@ -24,7 +24,7 @@ from phalanx.checkpoint.holder_client import (
 )
 from phalanx.checkpoint.holder_socket import socket_path
 from phalanx.checkpoint.transport import RefusedError, dial
-from tests.holding import Cluster, content, together
+from tests.holding import Cluster, content, snapshot_memory, together
 
 MIB = 1 << 20
 
@@ -51,17 +51,6 @@ def who_maps(epoch: str) -> set[int]:
             if f"memfd:phalanx-{epoch}-" in (process / "maps").read_text():
                 found.add(int(process.name))
     return found
-
-
-def memory_of(pid: int) -> int:
-    """Bytes of the snapshots' memory that a process has mapped and that are there."""
-    total, ours = 0, False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if "-" in line.split()[0] and ":" not in line.split()[0]:
-            ours = "memfd:phalanx" in line
-        elif ours and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
 
 
 def wait_until(true: Callable[[], bool], *, within_s: float = 10.0) -> float:
@@ -107,7 +96,7 @@ def test_finish_frees_everything(tmp_path: Path) -> None:
         cluster.open([[40 * MIB]], populate=2, epoch=epoch)
         client = cluster.clients[0]
         pid = client.inventory()["pid"]
-        assert memory_of(pid) == 80 * MIB
+        assert snapshot_memory(pid) == 80 * MIB
         assert who_maps(epoch) == {pid, os.getpid()}
         cluster.memory.clear()
         assert who_maps(epoch) == {pid}
@@ -221,7 +210,7 @@ def test_new_epoch_keeps_the_old_ones_snapshot(tmp_path: Path) -> None:
         pid = late.inventory()["pid"]
         cluster.memory.clear()
         cluster.open([[MIB]], epoch="new", populate=0)
-        assert memory_of(pid) == 10 * MIB  # what step 9 had is gone
+        assert snapshot_memory(pid) == 10 * MIB  # what step 9 had is gone
         with pytest.raises(HolderError, match="epoch old is over"):
             late.begin("old", 1, 10)
         late.close()
@@ -234,7 +223,7 @@ def test_new_epoch_keeps_the_old_ones_snapshot(tmp_path: Path) -> None:
         cluster.clients[0].forget("old")
         cluster.clients[0].forget("old")
         assert view == content(10 * MIB, 0, 8)  # who maps it keeps it
-        assert memory_of(pid) <= 2 * MIB
+        assert snapshot_memory(pid) <= 2 * MIB
         assert [item["epoch"] for item in cluster.clients[0].inventory()["epochs"]] == ["new"]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from phalanx.checkpoint.holder_client import HolderError
-from tests.holding import Cluster, content
+from tests.holding import Cluster, content, snapshot_memory
 
 MIB = 1 << 20
 
@@ -25,7 +25,7 @@ MIB = 1 << 20
 def test_parity_is_what_one_call_makes(tmp_path: Path, parts: list[list[int]], parity: int) -> None:
     with Cluster(tmp_path) as cluster:
         cluster.open(parts, parity=parity)
-        for step in (1, 2, 3, 4):  # the second and later ones overwrite
+        for step in (1, 2, 3):  # the third overwrites the first
             cluster.snapshot(step % 2, step)
             for node in cluster.nodes:
                 files = cluster.files(node, step % 2, step, name=f"{node}-{step}")
@@ -69,6 +69,23 @@ def test_every_set_of_members_can_be_rebuilt(tmp_path: Path, k: int, m: int) -> 
                 assert slot["digests"] == digests
                 name = f"{node} after {lost}"
                 assert cluster.files(node, 1, 7, name=name) == before[node]
+
+
+@pytest.mark.parametrize(("k", "m"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_memory_is_data_and_its_share_of_parity(tmp_path: Path, k: int, m: int) -> None:
+    each, slots = 8 * MIB + 1000, 2
+    with Cluster(tmp_path) as cluster:
+        cluster.open([[each]] * (k + m), parity=m, slots=slots, populate=0)
+        pids = [client.inventory()["pid"] for client in cluster.clients.values()]
+        assert sum(map(snapshot_memory, pids)) == 0
+        cluster.snapshot(0, 1)
+        cluster.snapshot(1, 2)
+        cluster.snapshot(0, 3)
+        used = sum(map(snapshot_memory, pids))
+        assert used / (each * (k + m) * slots) == pytest.approx((k + m) / k, rel=0.05)
+        for client in cluster.clients.values():
+            client.forget("first")
+        assert sum(map(snapshot_memory, pids)) == 0
 
 
 def test_more_lost_than_parity(tmp_path: Path) -> None:

@@ -249,6 +249,30 @@ def test_a_run_whose_checkpoints_are_elsewhere_is_followed(
     assert [item["step"] for item in found["checkpoints"]] == [100, 200, 300, 400, 500]
 
 
+def test_convert_to_torch_and_back(tmp_path: Path, capsys: Captured) -> None:
+    make(tmp_path / "ours", 10, tensors(1), ranks=3)
+    code, out, _ = run(capsys, "convert", str(tmp_path / "ours"), str(tmp_path / "dcp"))
+    assert code == 0
+    assert out.startswith(f"wrote {tmp_path}/dcp: step 10, 8 tensors, ")
+    assert (tmp_path / "dcp" / ".metadata").is_file()
+    code, found = as_json(capsys, "convert", str(tmp_path / "dcp"), str(tmp_path / "back"))
+    assert (code, found["step"]) == (0, 10)
+    assert run(capsys, "verify", str(tmp_path / "back"))[0] == 0
+    assert run(capsys, "show", "--diff", str(tmp_path / "ours"), str(tmp_path / "back"))[0] == 0
+    code, _, err = run(capsys, "convert", str(tmp_path / "ours"), "s3://bucket/x")
+    assert (code, "torch's folder must be on this machine" in err) == (2, True)
+
+
+def test_a_run_before_its_first_save(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "job.json").write_text('{"job": "0123456789abcdef"}')
+    code, out, _ = run(capsys, "ls", str(tmp_path))
+    assert (code, out) == (0, f"{tmp_path}/checkpoints\n  no checkpoints yet\n")
+    assert run(capsys, "verify", str(tmp_path))[0] == 0
+    code, _, err = run(capsys, "restore", str(tmp_path), str(tmp_path / "dst"))
+    assert (code, "no complete checkpoint there" in err) == (2, True)
+
+
 def test_help_tells_the_actions_and_places(capsys: Captured) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0

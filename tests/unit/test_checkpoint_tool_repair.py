@@ -3,15 +3,19 @@
 import itertools
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from phalanx.checkpoint.format import whole
-from phalanx.checkpoint.manifest import BACKUP, NAME, read_manifest
+from phalanx.checkpoint.manifest import BACKUP, NAME, read_manifest, write_manifest
 from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.storage_local import LocalStorage
 from phalanx.checkpoint.tool.check import verify
+from phalanx.checkpoint.tool.metered import Metered
 from phalanx.checkpoint.tool.places import find
 from phalanx.checkpoint.tool.reading import Reader
 from tests.stored import make, tensors
@@ -176,6 +180,61 @@ def test_without_parity_only_another_copy_helps(tmp_path: Path) -> None:
     assert "part-00001.safetensors is missing; cannot be mended from parity" in report.lines[1]
     make(tmp_path / "b", 100, tensors(1))
     assert verify(find(str(tmp_path / "a")), repair=True, other=find(str(tmp_path / "b"))).fine
+
+
+def test_a_box_that_no_file_holds_is_told(tmp_path: Path) -> None:
+    """As it was saved: every checksum holds, and yet a tensor is not whole."""
+    make(tmp_path / "a", 100, tensors(1))
+    storage = open_storage(tmp_path / "a")
+    manifest = read_manifest(storage, STEP)
+    write_manifest(storage, STEP, replace(manifest, parts=manifest.parts[1:]))
+    report = verify(find(str(tmp_path / "a")), repair=True)
+    assert not report.fine
+    assert report.lines == [
+        f"{tmp_path}/a/{STEP}: broken: model.layers.0.w: the boxes hold 648 of 888 elements"
+    ]
+
+
+def test_each_file_is_read_once(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = list[int]()
+    read_into = Metered.read_into
+
+    def counted(self: Metered, path: str, offset: int, view: memoryview) -> None:
+        read.append(len(view))
+        read_into(self, path, offset, view)
+
+    monkeypatch.setattr(Metered, "read_into", counted)
+    assert verify(find(str(good))).fine
+    assert sum(read) == read_manifest(open_storage(good), STEP).nbytes
+
+
+def test_a_repair_that_was_killed_half_way_goes_on(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files bore each other's names; of what was right only a copy put aside is left."""
+    one, two = (good / STEP / f"part-0000{number}.safetensors" for number in (1, 5))
+    before = {path.name: path.read_bytes() for path in (good / STEP).iterdir()}
+    right = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(right)
+    write, calls = LocalStorage.write, list[str]()
+
+    def failing(self: LocalStorage, path: str, *args: Any, **kwargs: Any) -> int:
+        calls.append(path)
+        if len(calls) == 4:
+            raise OSError("the machine goes down")
+        return write(self, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "write", failing)
+        with pytest.raises(OSError, match="goes down"):
+            verify(find(str(good)), repair=True)
+    for path in (good / STEP).glob("parity-*"):
+        path.unlink()
+    assert not verify(find(str(good))).fine
+    verify(find(str(good)), repair=True)
+    verify(find(str(good)), repair=True)
+    assert {path.name: path.read_bytes() for path in (good / STEP).iterdir()} == before
 
 
 def test_groups_are_mended_apart(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from phalanx.checkpoint.tool.check import examine
 from phalanx.checkpoint.tool.journal import Journal
 from phalanx.checkpoint.tool.metered import Metered
 from phalanx.checkpoint.tool.places import find
+from phalanx.checkpoint.tool.plan import Cutting
 from phalanx.checkpoint.tool.reading import Reader
-from phalanx.checkpoint.tool.restore import Cutting
 from phalanx.checkpoint.tool.restoring import restore
 from phalanx.checkpoint.tool.units import slabs_of
 from tests.stored import Arrays, cut, make, tensors
@@ -178,6 +178,10 @@ def test_other_arguments_are_refused(
     with pytest.raises(ValueError, match="another restore is at work here"):
         restore(find(str(source)), str(tmp_path / "dst"))
     journal.close()
+    (tmp_path / "saving" / STEP).mkdir(parents=True)
+    (tmp_path / "saving" / STEP / "part-00000.safetensors").write_text("")
+    with pytest.raises(ValueError, match="holds files of a save that did not end, or still runs"):
+        restore(find(str(source)), str(tmp_path / "saving"))
     make(tmp_path / "full", 100, tensors(2))
     with pytest.raises(ValueError, match="another complete checkpoint stands there"):
         restore(find(str(source)), str(tmp_path / "full"))

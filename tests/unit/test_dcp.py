@@ -299,3 +299,13 @@ def test_damaged_dcp_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BrokenCheckpointError, match="theirs is damaged"):
         from_dcp(theirs, storage, step=1)
     assert complete_folders(storage) == {}
+
+
+def test_any_storage_serves(tmp_path: Path) -> None:
+    storage, tensors = open_storage("memory://test_any_storage_serves"), some_tensors()
+    folder = write_tensors(storage, 1, chunks_of(tensors), {})
+    assert_same(as_loaded(storage, folder, tensors), tensors)
+    to_dcp(storage, folder, tmp_path / "dcp")
+    found = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    dcp.load(found, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert_same(found, tensors)

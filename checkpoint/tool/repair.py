@@ -1,0 +1,106 @@
+"""Mending a checkpoint that was checked: from parity, another copy, or files under wrong names."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from phalanx.checkpoint.checksums import digest_range
+from phalanx.checkpoint.manifest import Manifest
+from phalanx.checkpoint.storage import Bytes, Storage
+from phalanx.checkpoint.tool.mend import Mender
+from phalanx.checkpoint.tool.progress import byte_bar
+from phalanx.checkpoint.tool.reading import Reader
+from phalanx.checkpoint.tool.state import COMPLETE
+
+MENDED = "mended"
+"""State of a checkpoint that was broken, and of which nothing is any more."""
+ASIDE = ".misplaced"
+"""Ending of a file's name while contents change places."""
+READ_BYTES = 8 << 20
+
+
+@dataclass(kw_only=True)
+class Checked:
+    """What was found of one checkpoint."""
+
+    folder: str
+    state: str
+    """complete, broken, unfinished or restoring; mended where a repair left nothing."""
+    reason: str = ""
+    """Why nothing of it could be checked."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """Broken file to what is wrong with it."""
+    ways: dict[str, str] = field(default_factory=dict)
+    """Broken file to what it can be mended out of."""
+    mended: dict[str, str] = field(default_factory=dict)
+    """File to what it was mended out of."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """File to why mending it failed."""
+    manifest: Manifest | None = None
+
+    @property
+    def fine(self) -> bool:
+        """Whether it can be loaded, and nothing of it is amiss."""
+        return self.state in (COMPLETE, MENDED)
+
+
+def find_ways(storage: Storage, folder: str, checked: Checked, other: Reader | None) -> None:
+    """Find out what the broken files can be mended out of."""
+    assert checked.manifest is not None
+    checked.ways |= misplaced(storage, folder, checked)
+    broken = [name for name in checked.faults if name not in checked.ways]
+    mender = Mender(storage, folder, checked.manifest, broken=broken, other=other)
+    checked.ways |= mender.mendable()
+
+
+def misplaced(storage: Storage, folder: str, checked: Checked) -> dict[str, str]:
+    """Broken file to the file that has its content: broken itself, or left by a repair."""
+    assert checked.manifest is not None
+    files = checked.manifest.files
+    sizes = {files[name].size for name in checked.faults}
+    aside = [name for name in storage.names(folder) if name.endswith(ASIDE)]
+    candidates = [*checked.faults, *aside]
+    contents: dict[str, str] = {}
+    for name in candidates if len(candidates) > 1 else ():
+        with suppress(OSError):
+            there = storage.size(f"{folder}/{name}")
+            if there in sizes:
+                contents[digest_range(storage, f"{folder}/{name}", 0, there)] = name
+    found = {name: contents.get(files[name].xxh3_64) for name in checked.faults}
+    return {name: source for name, source in found.items() if source is not None}
+
+
+def mend(storage: Storage, folder: str, checked: Checked, other: Reader | None) -> None:
+    """Mend what can be mended.
+
+    Raises:
+        OSError: files could not be put under their own names; what they hold is still there.
+    """
+    assert checked.manifest is not None
+    files = checked.manifest.files
+    moved = misplaced(storage, folder, checked)
+    for name, source in moved.items():  # all aside before any is overwritten
+        if source != name + ASIDE:
+            content = _pieces(storage, f"{folder}/{source}", files[name].size)
+            storage.write(f"{folder}/{name}{ASIDE}", content)
+    for name in moved:
+        aside = f"{folder}/{name}{ASIDE}"
+        storage.write(f"{folder}/{name}", _pieces(storage, aside, files[name].size))
+    for name in storage.names(folder):
+        if name.endswith(ASIDE):
+            storage.delete(f"{folder}/{name}")
+    checked.mended |= moved
+    broken = [name for name in checked.faults if name not in moved]
+    mender = Mender(storage, folder, checked.manifest, broken=broken, other=other)
+    total = sum(files[name].size for name in mender.mendable())
+    with byte_bar(f"mending {folder}", total) as done:
+        mended, checked.failed = mender.mend(on_bytes=done)
+    checked.mended |= mended
+
+
+def _pieces(storage: Storage, path: str, count: int) -> Iterator[Bytes]:
+    buffer = memoryview(bytearray(min(count, READ_BYTES)))
+    for at in range(0, count, READ_BYTES):
+        view = buffer[: min(len(buffer), count - at)]
+        storage.read_into(path, at, view)
+        yield view

@@ -1,0 +1,104 @@
+"""Whatever of a run is killed, the next start goes on from memory as if nothing had happened: the
+same losses, bit for bit, in the same layout."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from phalanx.train.data.config import DataConfig
+from tests.killing import Run, alive, going_on_from, wait_until
+
+STEPS = 60
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, demo_data: DataConfig) -> Iterator[MakeRun]:
+    """`make_run(name, *overrides)`: a run in a folder of its own; nothing of it stays behind."""
+    runs: list[Run] = []
+
+    def make(name: str, *overrides: str) -> Run:
+        runs.append(Run(tmp_path / name, demo_data, f"training.steps={STEPS}", *overrides))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.clean_up()
+
+
+def kill_and_go_on(run: Run, kills: list[tuple[str, int]], *last: str) -> None:
+    """Kill at these lines of the log, start again each time, and train to the end.
+
+    Args:
+        last: what is overridden in the last start.
+    """
+    logged: int | None = None
+    for who, at in kills:
+        run.start()
+        run.wait_for_lines(at)
+        check_resumed(run.kill(who), logged)
+        logged = len(run.metrics())
+        assert at <= logged < STEPS
+    text = run.finish(*last)
+    check_resumed(text, logged)
+    assert not run.events("snapshot_failed", "snapshot_lost", "snapshot_rejected")
+    assert not run.holders()
+
+
+def check_resumed(text: str, logged: int | None) -> None:
+    """A start after `logged` lines went on from memory; the last one had to be computed again, at
+    most, and the one that was being copied."""
+    if logged is None:
+        assert "going on" not in text
+        return
+    source, step = going_on_from(text)
+    assert source == "snapshot in memory"
+    assert logged - 2 <= step <= logged
+
+
+def check_kills(make_run: MakeRun, kills: list[tuple[str, int]], *layout: str) -> None:
+    whole, broken = make_run("whole", *layout), make_run("broken", *layout)
+    whole.finish("checkpoint.snapshot.every=0")
+    kill_and_go_on(broken, kills)
+    assert broken.metrics() == whole.metrics()
+    assert [step for step, _, _ in whole.metrics()] == list(range(STEPS))
+
+
+ONE_OF_EACH = [("one rank", 5), ("all ranks", 14), ("launcher", 22), ("everything", 31)]
+
+
+def test_whoever_is_killed(make_run: MakeRun) -> None:
+    check_kills(make_run, ONE_OF_EACH, "parallel.dp_shard=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["one rank", "all ranks", "launcher", "everything"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "parallel.pp=2 parallel.dp_shard=2",
+        "parallel.tp=2",
+        "parallel.dp_replicate=2",
+        "parallel.dp_shard=2 zero.stage=1",
+        "parallel.dp_shard=4 zero.stage=3 zero.partition.params=node launch.nodes=2 "
+        "launch.ranks_per_node=2 launch.emulate_nodes=true checkpoint.snapshot.parity=xor",
+        "parallel.dp_shard=2 optim.name=adamw8bit",
+    ],
+)
+def test_whoever_is_killed_in_other_layouts(make_run: MakeRun, who: str, layout: str) -> None:
+    check_kills(make_run, [(who, 4), (who, 17), (who, 29)], *layout.split())
+
+
+@pytest.mark.slow
+def test_holders_end_with_the_run_and_when_nobody_comes_back(make_run: MakeRun) -> None:
+    run = make_run("run", "parallel.dp_shard=2", "checkpoint.snapshot.linger_s=1")
+    run.start()
+    run.wait_for_lines(3)
+    [pid] = run.holders().values()
+    run.kill("everything")
+    assert alive(pid)
+    wait_until(lambda: not alive(pid), within_s=5)
+    assert "going on" not in run.finish("training.steps=4")
+    assert not run.holders()
+    assert [step for step, _, _ in run.metrics()] == list(range(4))
