@@ -90,6 +90,7 @@ def figures(found: list[Found], *, step_s: float) -> Iterator[Figure]:
             for peer in peers:
                 title = f"snapshot.{kind}.{what}.vs_{peer}"
                 yield compared(title, unit, peer, values[OURS], values[peer], less_is_better=True)
+    yield _alone("snapshot.plain_copy", "ms", [1000 * seconds for seconds in first.copy])
     for what, seconds in (("save", first.save), ("load", first.load)):
         title = f"snapshot.durable_{what}"
         yield compared(title, "s", DCP, seconds[OURS], seconds[DCP], less_is_better=True)

@@ -83,6 +83,8 @@ class Found:
     """Seconds until a checkpoint was complete and fsync'd, by side."""
     load: dict[str, list[float]] = field(default_factory=dict)
     """Seconds until it was back."""
+    copy: list[float] = field(default_factory=list)
+    """Seconds until every rank had made a plain copy of its part, on its device."""
     num_bytes: int = 0
     """Of the state, over all ranks."""
 
@@ -121,7 +123,10 @@ def measure(ranks: Ranks, config: Config, memory: str, disk: str) -> Found:
             _note(ranks, f"{kind} steps are done")
         for peer in peers.values():
             peer.close()
-        ways = {OURS: snapshot_ours.Files(ours.manager), DCP: peer_dcp.Files(Path(disk) / DCP)}
+        ways: dict[str, Files] = {
+            OURS: snapshot_ours.Files(ours.manager),
+            DCP: peer_dcp.Files(Path(disk) / DCP),
+        }
         save_and_load(found, ways, state, Path(disk), rounds=rounds)
         ours.close()
     return found
@@ -181,7 +186,8 @@ def loaded_wrong(side: Saver, state: State) -> int:
 def save_and_load(
     found: Found, ways: Mapping[str, Files], state: State, disk: Path, *, rounds: int
 ) -> None:
-    """Durable checkpoints of the same state, by turns; the first round only warms up.
+    """Durable checkpoints of the same state, by turns, and plain copies of it; the first round
+    only warms up.
 
     Args:
         disk: where they are, in a folder for each way, which is emptied after every round.
@@ -190,6 +196,9 @@ def save_and_load(
     for number in range(rounds + 1):
         state.update()
         step = state.updates
+        copy_s = _seconds(partial(state.copy_to, tensors))
+        if number:
+            found.copy.append(copy_s)
         for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
             save_s = _seconds(partial(ways[name].save, step, state.tensors))
             load_s = _seconds(partial(ways[name].load, step, tensors))

@@ -46,7 +46,7 @@ class State:
         """Steps that were taken."""
         self.tensors = self.blank()
         for place, tensor in enumerate(self.tensors.values()):
-            tensor.to_local().copy_(self._values(place))
+            _local(tensor).copy_(self._values(place))
 
     @property
     def num_bytes(self) -> int:
@@ -65,10 +65,17 @@ class State:
             for name in self._names
         }
 
+    def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy every value to memory that is there."""
+        for name, tensor in self.tensors.items():
+            _local(tensors[name]).copy_(_local(tensor))
+        if self._mesh.device_type == "cuda":
+            torch.cuda.synchronize()
+
     def update(self) -> None:
         """Change every tensor in place, as an optimizer does."""
         for tensor in self.tensors.values():
-            tensor.to_local().add_(1.0)
+            _local(tensor).add_(1.0)
         self.updates += 1
 
     def wrong(self, tensors: Mapping[str, Tensor], *, updates: int) -> int:
@@ -76,9 +83,8 @@ class State:
         collective."""
         count = 0
         for place, name in enumerate(self._names):
-            tensor = tensors[name]
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            count += not torch.equal(local, self._values(place).add_(float(updates)))
+            expected = self._values(place).add_(float(updates))
+            count += not torch.equal(_local(tensors[name]), expected)
         found = torch.tensor(count)
         dist.all_reduce(found)
         return int(found)
@@ -89,6 +95,10 @@ class State:
         count = self._rows * COLUMNS
         values = torch.arange(first, first + count, device=self._mesh.device_type)
         return values.remainder_(PERIOD).float().view(self._rows, COLUMNS)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def make_work(ranks: Ranks, *, step_s: float) -> dict[str, Callable[[], None]]:

@@ -93,7 +93,7 @@ class Finder:
     def meta(self, origin: Origin) -> dict[str, Any]:
         """What was saved with it."""
         if origin.memory is not None:
-            return origin.memory.meta
+            return {key: value for key, value in origin.memory.meta.items() if key != "time"}
         assert origin.manifest is not None
         return origin.manifest.meta
 
@@ -158,12 +158,11 @@ class Finder:
     def _newest_in_memory(self, durable: int) -> Origin | None:
         if self.place is None:
             return None
-        found, reasons = find(self.place, self._peers, without=self._lost)
-        if reasons and (found is None or found.step < durable):
-            for reason in reasons:
-                self._report("snapshot_lost", reason=reason)
-                self._say(reason)
-        if found is None or found.step < durable:
+        found, reasons = find(self.place, self._peers, without=self._lost, durable=durable)
+        for reason in reasons:
+            self._report("snapshot_lost", reason=reason)
+            self._say(reason)
+        if found is None:
             return None
         return Origin(step=found.step, memory=found)
 

@@ -22,6 +22,8 @@ from phalanx.checkpoint.holder_socket import Lock, same_user, socket_path
 
 FIRST_S = 60.0
 """Seconds that a holder waits for its first rank, at least."""
+LOOK_S = 0.25
+"""Seconds between two looks whether ranks are there."""
 BACKLOG = 512
 TAKEN = 3
 """Exit code: another process is the node's holder."""
@@ -94,10 +96,12 @@ def _wait(stop: threading.Event, service: Service, linger_s: float) -> str:
     """Return when the holder is to end, and why."""
     while True:
         patience = linger_s if service.used else max(linger_s, FIRST_S)
-        left = patience if service.busy else service.idle_since + patience - time.monotonic()
-        if left <= 0 and not service.busy:
+        left = LOOK_S
+        if not service.busy:
+            left = min(left, service.idle_since + patience - time.monotonic())
+        if left <= 0:
             return f"no rank for {patience:g} s"
-        if stop.wait(min(max(left, 0.02), 1.0)):
+        if stop.wait(left):
             return "it was told to"
 
 

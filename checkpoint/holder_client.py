@@ -4,7 +4,6 @@ A rank attaches to its part's memory and fills it, then the holders protect it; 
 for the rules. Torch-free.
 """
 
-import os
 import socket
 import subprocess
 import sys
@@ -14,10 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from phalanx.checkpoint.holder_memory import map_memory
-from phalanx.checkpoint.holder_socket import all_sockets, same_user, socket_path
+from phalanx.checkpoint.holder_line import HolderGone, Line, mapped
+from phalanx.checkpoint.holder_socket import all_sockets
 from phalanx.checkpoint.holder_spec import HolderError
-from phalanx.checkpoint.transport import receive, send
 
 START_S = 30.0
 """Seconds that a holder may take to start, or one that ends to be gone."""
@@ -25,10 +23,6 @@ TAKEN = 3
 """Exit code of a holder where there was one already."""
 
 __all__ = ["HolderClient", "HolderError", "HolderGone", "find_holders", "start_holder"]
-
-
-class HolderGone(ConnectionError):
-    """There is no holder, or it has died."""
 
 
 def start_holder(job: str, node: int, *, linger_s: float, log: Path | None) -> None:
@@ -77,7 +71,7 @@ def find_holders() -> list[tuple[str, int]]:
     return found
 
 
-class HolderClient:
+class HolderClient(Line):
     """One connection to a holder, for one thread at a time.
 
     Every method raises HolderGone when the holder is dead, and HolderError when it cannot do what
@@ -85,34 +79,8 @@ class HolderClient:
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        super().__init__(sock)
         self._begun: dict[tuple[str, int], int] = {}
-
-    @staticmethod
-    def connect(job: str, node: int) -> "HolderClient":
-        """Connect to the holder of a job's node on this machine.
-
-        Raises:
-            HolderGone: there is none.
-            PermissionError: it is another user's.
-        """
-        path = socket_path(job, node)
-        sock = socket.socket(socket.AF_UNIX)
-        try:
-            sock.connect(str(path))
-            if not same_user(sock):
-                raise PermissionError(f"{path} belongs to another user's process")
-        except (FileNotFoundError, ConnectionError) as error:
-            sock.close()
-            raise HolderGone(f"no holder of {job}, node {node}: {error}") from None
-        except BaseException:
-            sock.close()
-            raise
-        return HolderClient(sock)
-
-    def close(self) -> None:
-        """Hang up. What this client attached stays mapped as long as somebody has its views."""
-        self._sock.close()
 
     # --- of any process ---------------------------------------------------------------------------
 
@@ -133,7 +101,7 @@ class HolderClient:
     def attach_member(self, epoch: str, member: int, rank: int, slot: int) -> memoryview:
         """A rank's part in a whole snapshot, to be read."""
         nbytes, fds = self._call_for_fds("read", epoch=epoch, member=member, rank=rank, slot=slot)
-        return _mapped([nbytes], fds, write=False, populate=[False])[0]
+        return mapped([nbytes], fds, write=False, populate=[False])[0]
 
     # --- of one rank a node -----------------------------------------------------------------------
 
@@ -246,7 +214,7 @@ class HolderClient:
     def attach(self, epoch: str, rank: int) -> list[memoryview]:
         """The memory of a rank's part, by slot. While this client is connected, the rank lives."""
         value, fds = self._call_for_fds("attach", epoch=epoch, rank=rank)
-        return _mapped(value["lengths"], fds, write=True, populate=value["populated"])
+        return mapped(value["lengths"], fds, write=True, populate=value["populated"])
 
     def begin(self, epoch: str, slot: int, step: int) -> None:
         """Before the slot's memory is written: it belongs to this step's snapshot from now on.
@@ -263,41 +231,3 @@ class HolderClient:
             raise HolderError(f"slot {slot} was filled, but not begun by this client")
         step = self._begun[epoch, slot]
         self._call("filled", epoch=epoch, rank=rank, slot=slot, step=step, bytes=nbytes)
-
-    # --- the line ---------------------------------------------------------------------------------
-
-    def _call(self, name: str, **arguments: Any) -> Any:
-        value, fds = self._call_for_fds(name, **arguments)
-        assert not fds, name
-        return value
-
-    def _call_for_fds(self, name: str, **arguments: Any) -> tuple[Any, list[int]]:
-        try:
-            send(self._sock, {"do": name, **arguments})
-            answer, fds = receive(self._sock)
-        except OSError as error:
-            self._sock.close()
-            raise HolderGone(f"the holder has died ({error})") from None
-        except BaseException:
-            self._sock.close()  # the answer to this would be taken for the next one's
-            raise
-        if "error" in answer:
-            raise HolderError(answer["error"])
-        return answer.get("value"), fds
-
-
-def _mapped(
-    lengths: Sequence[int], fds: Sequence[int], *, write: bool, populate: Sequence[bool]
-) -> list[memoryview]:
-    """Memory that was sent: one descriptor for each length that is not 0."""
-    left = iter(fds)
-    try:
-        return [
-            map_memory(next(left), nbytes, write=write, populate=now)
-            if nbytes
-            else memoryview(bytearray())
-            for nbytes, now in zip(lengths, populate, strict=True)
-        ]
-    finally:
-        for fd in fds:
-            os.close(fd)

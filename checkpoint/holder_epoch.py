@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from phalanx.checkpoint.holder_slots import DAMAGED, Generation, Member, describe, digest_of
+from phalanx.checkpoint.holder_slots import (
+    COMMITTED,
+    DAMAGED,
+    Generation,
+    Member,
+    describe,
+    digest_of,
+)
 from phalanx.checkpoint.holder_spec import HolderError, Spec
 
 logger = logging.getLogger(__name__)
@@ -115,12 +122,22 @@ class HolderEpoch:
             self.changed.notify_all()
 
     def freeze(self) -> None:
-        """A later epoch takes its place: memory that holds nothing whole is let go of."""
+        """A later epoch takes its place, and needs memory: of what is here, only that is kept which
+        a new start may have to go on from.
+
+        That is the newest committed snapshot (once it is committed anywhere, it is complete
+        everywhere), and what is complete and newer; and what is being read.
+        """
         with self.changed:
             self.frozen = True
             for member in self.members.values():
+                committed = [g.step for g in member.generations() if g.state == COMMITTED]
                 for number, slot in list(member.slots.items()):
-                    if slot.generation is None or not slot.generation.whole:
+                    generation = slot.generation
+                    if generation is None or not (
+                        generation.pins
+                        or (generation.whole and generation.step >= max(committed, default=0))
+                    ):
                         member.free(number)
             self.changed.notify_all()
 
@@ -141,9 +158,16 @@ class HolderEpoch:
                 str(number): {"slots": [describe(slot) for _, slot in sorted(member.slots.items())]}
                 for number, member in self.members.items()
             }
+            nbytes = sum(
+                memory.nbytes
+                for member in self.members.values()
+                for slot in member.slots.values()
+                for memory in slot.memories
+            )
         return {
             "epoch": self.name,
             "spec": self.spec.body,
             "frozen": self.frozen,
+            "bytes": nbytes,
             "members": members,
         }

@@ -5,7 +5,7 @@ import threading
 import time
 
 from phalanx.checkpoint.erasure import Codec
-from phalanx.checkpoint.holder_live import LiveEpoch
+from phalanx.checkpoint.holder_own import OwnEpoch
 from phalanx.checkpoint.holder_slots import Generation
 from phalanx.checkpoint.transport import (
     CHUNK_BYTES,
@@ -29,7 +29,7 @@ class Folder:
     longest counts as zeros behind its end.
     """
 
-    def __init__(self, epoch: LiveEpoch) -> None:
+    def __init__(self, epoch: OwnEpoch) -> None:
         self._epoch, self._member = epoch, epoch.own
         self._codec = Codec(epoch.own.stripes.k, epoch.own.stripes.m)
         self._locks = [threading.Lock() for _ in range(LOCKS)]
@@ -84,23 +84,21 @@ class Incoming:
     """The connection on which one member pushes; what failed here is said on the way back."""
 
     def __init__(
-        self, sock: socket.socket, epoch: LiveEpoch, folder: Folder, *, source: int
+        self, sock: socket.socket, epoch: OwnEpoch, folder: Folder, *, source: int
     ) -> None:
         self._sock, self._epoch, self._folder = sock, epoch, folder
         self._source = source
         self._scratch = memoryview(bytearray(CHUNK_BYTES))
         self._told: tuple[int, int] | None = None
 
-    def run(self) -> None:
-        """Take what comes, until the connection ends."""
-        why = "its connection ended"
+    def run(self) -> str:
+        """Take what comes, until the connection ends; why it did."""
         try:
             while True:
                 self._take()
         except OSError as error:
-            why = str(error)
+            return str(error)
         finally:
-            self._epoch.member_gone(self._source, why)
             self.hang_up()
             self._sock.close()
 

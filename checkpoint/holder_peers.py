@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from phalanx.checkpoint.holder_rebuild import give
-from phalanx.checkpoint.transport import hear_greeting
+from phalanx.checkpoint.transport import FETCH, hear_greeting
 
 if TYPE_CHECKING:
     from phalanx.checkpoint.holder_service import Service
@@ -60,7 +60,7 @@ class PeerServer:
         try:
             greeting = hear_greeting(sock, self._service.tokens())
             epoch = self._service.epoch(str(greeting["epoch"]))
-            if greeting.get("role") == "fetch":
+            if greeting.get("role") == FETCH:
                 give(sock, epoch)
                 return
             protection = self._service.protection(epoch.spec.epoch)

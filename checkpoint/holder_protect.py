@@ -8,7 +8,7 @@ import threading
 from functools import partial
 
 from phalanx.checkpoint.holder_fold import Folder, Incoming
-from phalanx.checkpoint.holder_live import LiveEpoch
+from phalanx.checkpoint.holder_own import OwnEpoch
 from phalanx.checkpoint.holder_push import Sender
 from phalanx.checkpoint.holder_slots import Generation, combined
 from phalanx.checkpoint.transport import CHUNK_BYTES
@@ -20,14 +20,15 @@ HASH_BYTES = 4 * CHUNK_BYTES
 class Protection:
     """Keeps an epoch's own member protected until the epoch is over."""
 
-    def __init__(self, epoch: LiveEpoch) -> None:
+    def __init__(self, epoch: OwnEpoch) -> None:
         self.epoch = epoch
         self._folder = Folder(epoch) if epoch.own.peers else None
-        self._senders = [Sender(epoch, peer) for peer in epoch.own.peers]
-        self._incoming: set[Incoming] = set()
+        self._senders = {peer: Sender(epoch, peer) for peer in epoch.own.peers}
+        self._incoming: dict[int, Incoming] = {}
+        """By member, the newest."""
         self._lock = threading.Lock()
         epoch.on_failed = self._tell
-        for sender in self._senders:
+        for sender in self._senders.values():
             threading.Thread(target=sender.run, name="push", daemon=True).start()
         threading.Thread(target=self._keep, name="keep", daemon=True).start()
 
@@ -38,25 +39,31 @@ class Protection:
             return
         incoming = Incoming(sock, self.epoch, self._folder, source=source)
         with self._lock:
-            self._incoming.add(incoming)
+            self._incoming[source] = incoming
+        why = "its connection ended"
         try:
-            incoming.run()
+            why = incoming.run()
         finally:
             with self._lock:
-                self._incoming.discard(incoming)
+                newest = self._incoming.get(source) is incoming
+                if newest:
+                    del self._incoming[source]
+            if newest:  # else it has connected anew, after it gave up what it pushed here
+                self.epoch.member_gone(source, why)
+                self._senders[source].give_up()
 
     def hang_up(self) -> None:
         """End all connections; when the epoch is over, so that its threads end."""
-        for sender in self._senders:
+        for sender in self._senders.values():
             sender.hang_up()
         with self._lock:
-            for incoming in self._incoming:
+            for incoming in self._incoming.values():
                 incoming.hang_up()
 
     def _tell(self, generation: Generation) -> None:
         assert generation.failed is not None
         with self._lock:
-            incoming = list(self._incoming)
+            incoming = list(self._incoming.values())
         for one in incoming:
             one.tell(generation.slot.number, generation.step, generation.failed)
 

@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from phalanx.checkpoint.holder_live import LiveEpoch
+from phalanx.checkpoint.holder_own import OwnEpoch
 from phalanx.checkpoint.holder_slots import Generation, Member
 from phalanx.checkpoint.transport import (
     CHUNK_BYTES,
     PEER_LIMIT,
+    PUSH,
     dial,
     hang_up,
     hung_up,
@@ -28,9 +29,10 @@ OPEN_S = 20.0
 class Sender:
     """Pushes to one member, from one thread."""
 
-    def __init__(self, epoch: LiveEpoch, peer: int) -> None:
+    def __init__(self, epoch: OwnEpoch, peer: int) -> None:
         self._epoch, self._own, self._peer = epoch, epoch.own, peer
         self._sock: socket.socket | None = None
+        self._pushing: Generation | None = None
 
     def run(self) -> None:
         """Push every snapshot, until the epoch ends."""
@@ -40,8 +42,15 @@ class Sender:
 
     def hang_up(self) -> None:
         """End the connection; a push that waits for it fails."""
-        if self._sock is not None:
-            hang_up(self._sock)
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            hang_up(sock)
+
+    def give_up(self) -> None:
+        """The member is gone: a push to it that has failed, but waits in the kernel, ends."""
+        pushing = self._pushing
+        if pushing is not None and pushing.failed is not None:
+            self.hang_up()
 
     def _push_next(self) -> bool:
         epoch, peer = self._epoch, self._peer
@@ -50,12 +59,15 @@ class Sender:
         )
         if generation is None:
             return False
+        self._pushing = generation
         try:
             self._push(generation)
         except OSError as error:
             self.hang_up()
             address = epoch.spec.addresses[peer]
             epoch.fail(generation, f"member {peer} (holder at {address}) is gone ({error})")
+        finally:
+            self._pushing = None
         return True
 
     def _push(self, generation: Generation) -> None:
@@ -104,7 +116,7 @@ class Sender:
         greeting = {
             "epoch": spec.epoch,
             "token": spec.token,
-            "role": "push",
+            "role": PUSH,
             "member": self._own.number,
         }
         self._sock = dial(address, greeting, patience_s=OPEN_S)
@@ -122,7 +134,8 @@ class Sender:
         except (OSError, KeyError, TypeError, ValueError) as error:
             hang_up(sock)
             sock.close()
-            self._epoch.member_gone(self._peer, str(error))
+            if self._sock is sock:  # not one that was given up, for which another may stand
+                self._epoch.member_gone(self._peer, str(error))
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from phalanx.checkpoint.holder_slots import COMMITTED, Generation, Member, Slot,
 from phalanx.checkpoint.holder_spec import HolderError, Spec
 from phalanx.checkpoint.transport import (
     CHUNK_BYTES,
+    FETCH,
     PEER_LIMIT,
     Address,
     dial,
@@ -141,7 +142,7 @@ def _rebuilt(member: Member, step: int, sources: Mapping[int, Address]) -> Slot:
     with ExitStack() as stack:
         connected: list[_Source] = []
         for other, address in sources.items():
-            greeting = {"epoch": member.spec.epoch, "token": member.spec.token, "role": "fetch"}
+            greeting = {"epoch": member.spec.epoch, "token": member.spec.token, "role": FETCH}
             try:
                 sock = stack.enter_context(dial(address, greeting, patience_s=0))
             except OSError as error:

@@ -128,6 +128,10 @@ class Member:
             for memory in slot.memories:
                 memory.close()
 
+    def generations(self) -> Iterator[Generation]:
+        """What the slots hold."""
+        return (slot.generation for slot in self.slots.values() if slot.generation)
+
     def pieces(self, slot: Slot, begin: int, end: int) -> Iterator[tuple[int, int, memoryview]]:
         """Bytes [begin, end) of the data: (rank, where they end in its part, the bytes)."""
         first = 0

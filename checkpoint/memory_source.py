@@ -54,12 +54,17 @@ class MemorySource:
 
 
 def find(
-    place: Place, peers: Peers, *, without: Collection[tuple[str, int]] = ()
+    place: Place, peers: Peers, *, without: Collection[tuple[str, int]] = (), durable: int = -1
 ) -> tuple[Found | None, list[str]]:
     """The newest snapshot that the nodes' holders can give, and why newer ones cannot; collective.
 
-    Nothing is read yet: see `recover`.
+    Nothing is read yet: see `recover`; and `recovery.newest` for the arguments.
     """
+    return recovery.newest(_inventories(place, peers), without=without, durable=durable)
+
+
+def _inventories(place: Place, peers: Peers) -> list[dict[str, Any] | None]:
+    """What each node's holder has, by node; None where there is no holder."""
 
     def ask() -> dict[str, Any] | None:
         if not place.node.leader:
@@ -74,8 +79,7 @@ def find(
             return None
 
     answers = peers.agree("ask the holders", ask)
-    inventories = [answers[place.node.ranks_of(n)[0]] for n in range(place.node.count)]
-    return recovery.newest(inventories, without=without)
+    return [answers[place.node.ranks_of(n)[0]] for n in range(place.node.count)]
 
 
 def recover(found: Found, *, place: Place, peers: Peers) -> MemorySource:
@@ -170,6 +174,12 @@ def _rebuild(found: Found, *, place: Place, peers: Peers) -> Found:
             client.close()
 
     peers.agree("rebuild the lost nodes' snapshots", rebuild)
-    again, reasons = find(place, peers)
-    assert again is not None, reasons
-    return again
+    inventories = _inventories(place, peers)
+
+    def look() -> Found:
+        rebuilt = recovery.again(inventories, found)
+        if rebuilt.lost:
+            raise ValueError(f"nodes {rebuilt.lost} were lost while others were rebuilt")
+        return rebuilt
+
+    return peers.agree("look for the rebuilt snapshot", look)[0]

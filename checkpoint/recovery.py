@@ -32,13 +32,17 @@ class Found:
 
 
 def newest(
-    inventories: Sequence[Mapping[str, Any] | None], *, without: Collection[tuple[str, int]] = ()
+    inventories: Sequence[Mapping[str, Any] | None],
+    *,
+    without: Collection[tuple[str, int]] = (),
+    durable: int = -1,
 ) -> tuple[Found | None, list[str]]:
     """The newest snapshot that can be had, and why newer ones cannot.
 
     Args:
         inventories: what each node's holder has, by node; None where there was no holder.
         without: (epoch, step) of those that are not wanted.
+        durable: step that is in storage; what is older is not wanted, and it alone is no loss.
     """
     reasons: list[str] = []
     specs: dict[str, dict[str, Any]] = {}
@@ -55,13 +59,26 @@ def newest(
         }
         candidates += [(step, epoch) for step in steps]
     for step, epoch in sorted(candidates, reverse=True):
-        if (epoch, step) in without:
+        if (epoch, step) in without or step < durable:
             continue
         found = _at(inventories, specs[epoch], epoch=epoch, step=step)
         if isinstance(found, Found):
             return found, reasons
-        reasons.append(found)
+        if step > durable:
+            reasons.append(found)
     return None, reasons
+
+
+def again(inventories: Sequence[Mapping[str, Any] | None], found: Found) -> Found:
+    """Where a snapshot that was found is now.
+
+    Raises:
+        ValueError: more of it was lost meanwhile than parity makes up for.
+    """
+    answer = _at(inventories, found.spec, epoch=found.epoch, step=found.step)
+    if isinstance(answer, str):
+        raise ValueError(answer)
+    return answer
 
 
 def _members(
@@ -104,7 +121,8 @@ def _at(
                 f"{len(gone)} are lost (nodes {names}), and its parity makes up for "
                 f"{spec['parity']}"
             )
-    assert committed is not None, "a committed slot is readable"
+    if committed is None:
+        return f"the snapshot of step {step} cannot be had: nobody is left that saw it committed"
     return Found(
         epoch=epoch,
         step=step,

@@ -77,6 +77,8 @@ class Snapshots:
         self._committed: tuple[str, int] | None = None
         """Epoch and slot of the newest committed snapshot."""
         self._pinned: set[tuple[str, int]] = set()
+        self._older: set[str] = set()
+        """Epochs that the node's holder can let go of; known on a node's first rank."""
         self._freed = threading.Condition()
         self._request: _Request | None = None
         self._eager: dict[str, Tensor] = {}
@@ -236,7 +238,11 @@ class Snapshots:
         digests = self._reduce(digests, dist.ReduceOp.SUM)
         self._all_or_none(request.step, error)
         if node.leader:
-            self._commit(request, epoch, slot, [digest % 2**64 for digest in digests])
+            try:
+                self._commit(request, epoch, slot, [digest % 2**64 for digest in digests])
+            except Exception as caught:
+                error = caught
+        self._all_or_none(request.step, error)  # nobody writes to storage what another gave up
         with self._freed:
             self._committed = epoch.name, slot
             if request.pin:
@@ -275,13 +281,16 @@ class Snapshots:
 
     def _commit(self, request: _Request, epoch: Epoch, slot: int, digests: list[int]) -> None:
         client = epoch.client
-        client.commit(epoch.name, slot, request.step, digests=digests, meta=dict(request.meta))
+        meta = {**request.meta, "time": time.time()}
+        client.commit(epoch.name, slot, request.step, digests=digests, meta=meta)
         if epoch.first:
-            for item in client.inventory()["epochs"]:
-                busy = any(name == item["epoch"] for name, _ in self._pinned)
-                if item["epoch"] != epoch.name and not busy:
-                    client.forget(item["epoch"])
+            self._older = {item["epoch"] for item in client.inventory()["epochs"]} - {epoch.name}
             epoch.first = False
+        with self._freed:  # what is on its way to storage stays until a later commit
+            idle = self._older - {name for name, _ in self._pinned}
+        for name in idle:
+            client.forget(name)
+            self._older.discard(name)
 
     def _all_or_none(self, step: int, error: Exception | None) -> None:
         """Fail on every rank where one failed.

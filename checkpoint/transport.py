@@ -22,11 +22,17 @@ PEER_LIMIT = 1 << 16
 MAX_FDS = 16
 GREETING_S = 10.0
 """Seconds that the first words between two holders may take."""
-SILENCE_S = 90
-"""Seconds after which bytes sent to another machine must have been taken there."""
+SILENCE_S = 45
+"""Seconds after which bytes sent to another machine must have been taken there; longer than the
+other may have reason to wait before it takes them."""
 
 ALIVE_S = 0.5
 """Seconds between two looks whether who waits for an answer is still there."""
+
+PUSH = "push"
+"""Role of a caller that sends its data, for parity."""
+FETCH = "fetch"
+"""Role of a caller that rebuilds a lost member."""
 
 Address = tuple[str, int]
 
@@ -130,7 +136,7 @@ def dial(address: Address, greeting: Mapping[str, Any], *, patience_s: float) ->
     """Connect to another holder and say who calls; it must know the epoch and its token.
 
     Args:
-        greeting: {"epoch", "token", ...}.
+        greeting: {"epoch", "token", "role", ...}.
         patience_s: seconds within which the other may still open the epoch.
 
     Raises:
@@ -141,7 +147,7 @@ def dial(address: Address, greeting: Mapping[str, Any], *, patience_s: float) ->
     while True:
         sock = socket.create_connection(address, timeout=GREETING_S)
         try:
-            _tune(sock)
+            _tune(sock, sends=greeting.get("role") == PUSH)
             send(sock, greeting)
             answer, _ = receive(sock, limit=PEER_LIMIT)
             if "error" not in answer:
@@ -163,9 +169,9 @@ def hear_greeting(sock: socket.socket, tokens: Mapping[str, str]) -> dict[str, A
         ConnectionError: it is none of ours, or too early; it was told so.
         OSError: the connection broke, or timed out.
     """
-    _tune(sock)
     sock.settimeout(GREETING_S)
     greeting, _ = receive(sock, limit=PEER_LIMIT)
+    _tune(sock, sends=greeting.get("role") == FETCH)
     epoch, token = str(greeting.get("epoch")), str(greeting.get("token"))
     expected = tokens.get(epoch)
     if expected is None:
@@ -179,16 +185,18 @@ def hear_greeting(sock: socket.socket, tokens: Mapping[str, str]) -> dict[str, A
     return greeting
 
 
-def _tune(sock: socket.socket) -> None:
-    """Send at once; notice within seconds when the other machine is gone."""
+def _tune(sock: socket.socket, *, sends: bool) -> None:
+    """Send at once; notice when the other machine is gone without a word.
+
+    The side that listens notices after ten seconds (keep-alives). The side that sends cannot tell
+    that from a peer with reason to wait, and gives it longer; a timeout for what was sent would
+    also be the keep-alives', so that only one of the two is set.
+    """
     tcp = socket.IPPROTO_TCP
     sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", 4),
-        ("TCP_KEEPINTVL", 2),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", SILENCE_S * 1000),
-    ):
-        if hasattr(socket, name):
-            sock.setsockopt(tcp, getattr(socket, name), value)
+    options = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
+    if sends:
+        options["TCP_USER_TIMEOUT"] = SILENCE_S * 1000
+    for name, value in options.items():
+        sock.setsockopt(tcp, getattr(socket, name), value)

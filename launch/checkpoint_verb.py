@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 
@@ -227,6 +227,6 @@ def _tell(report: Report, flags: Flags) -> None:
         print(f"wrote {path}", file=sys.stderr)
 
 
-def _fail(action: str, message: str) -> None:
+def _fail(action: str, message: str) -> NoReturn:
     print(f"phalanx: checkpoint {action}: {message}", file=sys.stderr)
     raise SystemExit(1)

@@ -54,7 +54,7 @@ def explain(verb: "Verb", topics: Sequence[str]) -> str:
         lines += ["", "Examples:", *(f"  {example}" for example in verb.examples)]
     options = (*verb.options, *(HYDRA_OPTIONS if verb.takes_overrides else ()))
     if options:
-        lines += ["", "Options:", *(f"  {flag:<20} {text}" for flag, text in options)]
+        lines += ["", "Options:", *(f"  {flag:<20} {text}".rstrip() for flag, text in options)]
     if verb.takes_overrides:
         lines += ["", "Groups, chosen as group=choice:"]
         lines += [f"  {group:<12} {', '.join(names)}" for group, names in choices().items()]

@@ -172,7 +172,7 @@ VERBS: dict[str, Verb] = {
     "bench": Verb(
         run=bench,
         usage=f"phalanx bench {'|'.join(BENCHES)} [--json FILE] [OVERRIDES]",
-        summary="measure: steps, start-up, pipelines, weight gradients, ZeRO, networks, optimizers",
+        summary="measure: steps, start-up, pipelines, ZeRO, networks, optimizers, snapshots, ...",
         examples=(
             "phalanx bench step parallel.dp_shard=2 parallel.pp=1 --json step.json",
             "phalanx bench startup experiment=tiny",
@@ -181,6 +181,7 @@ VERBS: dict[str, Verb] = {
             "phalanx bench zero bench.ranks_per_node=4 --json zero.json",
             "phalanx bench slow_network bench.slow_network.mbit=100",
             "phalanx bench optim --json optim.json",
+            "phalanx bench snapshot bench.snapshot.step_s=5 --json snapshot.json",
         ),
     ),
     "schedule": Verb(

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from phalanx.checkpoint.config import CheckpointConfig, SnapshotConfig
-from phalanx.checkpoint.holder_client import HolderClient, find_holders
+from phalanx.checkpoint.holder_client import HolderClient, HolderGone, find_holders
 from phalanx.checkpoint.job import read_job
 from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.checkpoint.manifest import read_manifest
@@ -69,14 +70,15 @@ def holder_pids(root: Path) -> dict[int, int]:
     pids: dict[int, int] = {}
     for name, node in find_holders():
         if name == job:
-            client = HolderClient.connect(name, node)
-            pids[node] = client.inventory()["pid"]
-            client.close()
+            with suppress(HolderGone):  # it just ended
+                client = HolderClient.connect(name, node)
+                pids[node] = client.inventory()["pid"]
+                client.close()
     return pids
 
 
 def kill_holders(root: Path, nodes: set[int] | None = None) -> None:
-    """kill -9 the holders of `root`'s run, all or those of `nodes`, and wait until they are gone."""
+    """kill -9 the run's holders, all or those of `nodes`, and wait until they are gone."""
     for node, pid in holder_pids(root).items():
         if nodes is None or node in nodes:
             os.kill(pid, signal.SIGKILL)

@@ -44,6 +44,8 @@ class Cluster:
         self.memory: dict[int, list[memoryview]] = {}
         """By rank."""
         self.spec: dict[str, Any] = {}
+        self.hosts: dict[int, str] = {}
+        """By node, where it is not this machine's own address."""
 
     def __enter__(self) -> "Cluster":
         return self
@@ -99,7 +101,11 @@ class Cluster:
             "groups": [list(g) for g in groups] if groups else _groups(len(parts), parity),
             "nodes": [
                 {
-                    "address": self.clients[node].listen("127.0.0.1") if parity else None,
+                    "address": (
+                        self.clients[node].listen(self.hosts.get(node, "127.0.0.1"))
+                        if parity
+                        else None
+                    ),
                     "ranks": ranks[node],
                 }
                 for node in nodes

@@ -161,14 +161,10 @@ def wait_until(true: Callable[[], bool], *, within_s: float = 30.0) -> None:
 
 
 def snapshot_bytes(pid: int) -> dict[str, int]:
-    """Bytes of snapshots' memory that a process has mapped and that are there, by its name."""
+    """Bytes of host memory behind each piece of snapshots' memory that a process owns, by name."""
     found: dict[str, int] = {}
-    name = None
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        first = line.split()[0]
-        if "-" in first and ":" not in first:
-            match = re.search(r"memfd:(phalanx-\S+)", line)
-            name = match[1] if match else None
-        elif name and first == "Rss:":
-            found[name] = found.get(name, 0) + int(line.split()[1]) * 1024
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        match = re.match(r"/memfd:(phalanx-\S+)", os.readlink(link))
+        if match:
+            found[match[1]] = link.stat().st_blocks * 512
     return found

@@ -34,6 +34,8 @@ def check_resume(config: Config) -> None:
     """
     try:
         newest = _newest(config.checkpoint)
+    except NotADirectoryError:  # nothing to go on from; told where the folder is to be made
+        return
     except OSError as error:
         raise ValueError(
             f"checkpoint.dir={config.checkpoint.dir}: cannot be read ({error.strerror or error})"

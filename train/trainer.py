@@ -141,7 +141,8 @@ class Trainer:
         finally:
             batches.close()
         self._finish(done, stopped)
-        self.finished = True
+        # A run that was stopped and saved nothing can only go on from memory.
+        self.finished = stopped is None or self.config.checkpoint.save_last
         return {"steps": done, "loss": self.loss, "stopped": stopped}
 
     def close(self) -> None:

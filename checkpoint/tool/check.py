@@ -40,23 +40,27 @@ def verify(
         other: where copies of the same steps are, to repair from.
 
     Raises:
-        ValueError: no such checkpoint, or nothing fits in `other`.
+        ValueError: no such checkpoint.
         OSError: the storage cannot be read.
     """
     folders = place.folders() if step is None else [place.one(step)]
     single = place.folder is not None or step is not None
     found: list[Checked] = []
+    lines: list[str] = []
     for folder in folders:
         reader = None if other is None else _copy_of(folder, other)
-        found.append(examine(place.storage, folder, repair=repair, other=reader))
+        item = examine(place.storage, folder, repair=repair, other=reader)
+        found.append(item)
+        lines += _lines(place, item, repair=repair)
+        if other is not None and reader is None and not item.fine:
+            lines.append(f"  {other.text} has no checkpoint of step {step_of(folder)} to mend from")
     bad = [
         item
         for item in found
         if not item.fine and (single or item.state not in (UNFINISHED, RESTORING))
     ]
-    lines = [line for item in found for line in _lines(place, item, repair=repair)]
     if not found:
-        lines = [f"{place.storage.url}: no checkpoints yet"]
+        lines.append(f"{place.storage.url}: no checkpoints yet")
     return Report(
         lines=lines,
         content={

@@ -51,8 +51,8 @@ class Journal:
         for line in lines[1:]:
             if "forget" in line:
                 self.done.pop(line["forget"], None)
-            else:
-                self.done[line["unit"]] = line["xxh3_64"]
+            else:  # a line that is damaged names no unit, or one whose checksum fails
+                self.done[line.get("unit", -1)] = str(line.get("xxh3_64"))
 
     def add(self, unit: int, digest: str) -> None:
         """A unit stands."""
@@ -92,6 +92,8 @@ class Journal:
 
     def _check(self, before: dict[str, Any]) -> None:
         now, self.facts = self.facts, before
+        if not isinstance(before.get("unit_bytes"), int):
+            raise ValueError(f"{self._path}: is damaged; delete its folder, and start anew")
         for key, value in now.items():
             if key != "unit_bytes" and before.get(key) != value:
                 raise ValueError(

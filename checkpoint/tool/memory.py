@@ -20,7 +20,7 @@ class InMemory:
     """committed, complete (waits for the other nodes) or filling."""
     time: float | None
     bytes: int
-    """Of this node's data and parity."""
+    """Of the data that this holder has of it; parity comes on top."""
     layout: str
     protection: str
     members: tuple[int, ...]

@@ -7,6 +7,7 @@ and believes its checksums alone. Every shard is held to the source's checksum b
 which makes a checkpoint of the folder, is written last.
 """
 
+import resource
 import threading
 import time
 from collections import deque
@@ -17,13 +18,12 @@ from pathlib import Path
 
 import xxhash
 
-from phalanx.checkpoint.checksums import digest_range
 from phalanx.checkpoint.format import PartTable
 from phalanx.checkpoint.manifest import (
     BrokenCheckpointError,
-    StoredPart,
     write_manifest,
 )
+from phalanx.checkpoint.tool.finishing import check_targets
 from phalanx.checkpoint.tool.journal import NAME as JOURNAL
 from phalanx.checkpoint.tool.journal import Journal
 from phalanx.checkpoint.tool.plan import Plan, Restored
@@ -35,6 +35,8 @@ UNITS = 1000
 UNIT_BYTES = (64 << 10, 16 << 20)
 """Least and most of a unit; the most is one request's worth of a storage far away."""
 THREADS = 4
+OTHER_FILES = 256
+"""Files that may be open besides the target's."""
 SYNC_S = 2.0
 """Seconds between moments at which what was written is made durable."""
 
@@ -53,17 +55,34 @@ def restore_to_folder(plan: Plan, root: Path) -> Restored:
     facts = plan.facts() | {"unit_bytes": min(most, max(least, plan.nbytes // UNITS))}
     with closing(Journal(folder / JOURNAL, facts)) as journal:
         sources, targets = plan.sources, plan.targets
-        with closing(TargetFiles(folder, sources, targets)) as files:
+        with closing(_open(folder, sources, targets, begun=bool(journal.done))) as files:
             mover = _Mover(plan, sources, files, journal)
             mover.move_all()
             files.sync()
             if plan.cutting.tables is not None:  # what lies on the disk is what the source had
                 mover.compare_all()
-        parts = _check_targets(plan, targets)
+        parts = check_targets(plan, targets)
         manifest = plan.finished(parts)
         write_manifest(plan.target, plan.name, manifest)
         (folder / JOURNAL).unlink()
     return Restored(stood=mover.stood, moved=mover.moved, manifest=manifest)
+
+
+def _open(
+    folder: Path, sources: list[Stream], targets: list[Stream], *, begun: bool
+) -> TargetFiles:
+    """The target's files; where there is no room for them, none of it is kept for nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(targets) + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        return TargetFiles(folder, sources, targets)
+    except OSError:
+        for target in () if begun else targets:
+            (folder / target.file).unlink(missing_ok=True)
+        raise
 
 
 class _Mover:
@@ -199,51 +218,3 @@ def _entry_at(table: PartTable, begin: int, before: tuple[int, int] | None, sour
     while entries[index].begin + entries[index].nbytes <= begin:
         index += 1
     return index
-
-
-def _check_targets(plan: Plan, targets: list[Stream]) -> list[StoredPart]:
-    """Checksums of the files as they lie in the target.
-
-    Raises:
-        BrokenCheckpointError: a file that should be the source's is not.
-        OSError: one cannot be read.
-    """
-    parts: list[StoredPart] = []
-    known = plan.manifest.files
-    with byte_bar(f"checking {plan.name}", sum(target.size for target in targets)) as done:
-        for rank, target in enumerate(targets):
-            path = f"{plan.name}/{target.file}"
-            if plan.cutting.tables is None:
-                found = digest_range(plan.target, path, 0, target.size)
-                if found != known[target.file].xxh3_64:
-                    raise BrokenCheckpointError(
-                        f"{plan.target.url}/{path}: has checksum {found} instead of "
-                        f"{known[target.file].xxh3_64}; its disk is failing, or another program "
-                        "writes here"
-                    )
-            else:
-                parts.append(_stored(plan, rank, target, path))
-            done(target.size)
-    return parts
-
-
-def _stored(plan: Plan, rank: int, target: Stream, path: str) -> StoredPart:
-    """A new file's line in the manifest, by one reading."""
-    whole, digests = xxhash.xxh3_64(target.header), []
-    buffer = memoryview(bytearray(8 << 20))
-    for entry in target.table.entries:
-        digest, begin = xxhash.xxh3_64(), len(target.header) + entry.begin
-        for at in range(0, entry.nbytes, len(buffer)):
-            view = buffer[: min(len(buffer), entry.nbytes - at)]
-            plan.target.read_into(path, begin + at, view)
-            digest.update(view)
-            whole.update(view)
-        digests.append(digest.hexdigest())
-    return StoredPart(
-        file=target.file,
-        size=target.size,
-        xxh3_64=whole.hexdigest(),
-        table=target.table,
-        digests=tuple(digests),
-        member=rank,
-    )

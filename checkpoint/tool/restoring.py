@@ -86,15 +86,20 @@ def restore(
         done = restore_by_files(plan)
     else:
         done = _staged(plan, staging, config)
+    return Report(lines=_said(plan, done), content=_content(plan, done) | {"state": "complete"})
+
+
+def _said(plan: Plan, done: Restored) -> list[str]:
+    """What a restore has done."""
     lines = [
         f"restored {plan.url}",
-        f"      to {storage.url}/{name}: {_what(done.manifest)}, every shard checked",
+        f"      to {plan.target.url}/{plan.name}: {_what(done.manifest)}, every shard checked",
         f"  {size(done.moved)} read"
         + (f", {size(done.stood)} stood from earlier calls" if done.stood else ""),
     ]
-    if cut is not None and manifest.num_parity:
+    if plan.cutting.tables is not None and plan.manifest.num_parity:
         lines.append("  without parity: its files are those of the layout it was saved in")
-    return Report(lines=lines, content=_content(plan, done) | {"state": "complete"})
+    return lines
 
 
 def _going_on(source: Place, storage: Storage, name: str | None) -> int | None:

@@ -1,14 +1,22 @@
 """What state a checkpoint's folder is in, by its manifest and the sizes of its files."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from phalanx.checkpoint.manifest import NAME as MANIFEST
-from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest, read_manifest
+from phalanx.checkpoint.manifest import (
+    BrokenCheckpointError,
+    Manifest,
+    StoredParity,
+    StoredPart,
+    read_manifest,
+)
 from phalanx.checkpoint.storage import Storage
 from phalanx.checkpoint.tool.journal import NAME as JOURNAL
 from phalanx.checkpoint.tool.places import step_of
 
+THREADS = 16
 COMPLETE, BROKEN, UNFINISHED, RESTORING = "complete", "broken", "unfinished", "restoring"
 """States of a folder: whole by its sizes; with a manifest, but not what that says; without one; the
 target of a restore that can go on."""
@@ -72,14 +80,16 @@ def look(storage: Storage, folder: str) -> Listed:
 
 def wrong_sizes(storage: Storage, folder: str, manifest: Manifest) -> str:
     """Which file is missing or of another size; "" where all are as they should be."""
-    wrong = []
-    for file in manifest.files.values():
+
+    def look_at(file: StoredPart | StoredParity) -> str | None:
         try:
             found = storage.size(f"{folder}/{file.file}")
         except FileNotFoundError:
-            wrong.append(f"{file.file} is missing")
-            continue
-        if found != file.size:
-            wrong.append(f"{file.file} has {found} bytes instead of {file.size}")
+            return f"{file.file} is missing"
+        return None if found == file.size else f"{file.file} has {found} bytes, not {file.size}"
+
+    with ThreadPoolExecutor(THREADS) as pool:  # far away, each question takes a while
+        answers = list(pool.map(look_at, manifest.files.values()))
+    wrong = [answer for answer in answers if answer is not None]
     more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     return wrong[0] + more if wrong else ""

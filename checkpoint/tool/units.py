@@ -5,6 +5,7 @@ whatever boxes of the target files hold some of it: one whole where the layout s
 where tensors are cut anew.
 """
 
+import errno
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -127,8 +128,7 @@ class TargetFiles:
                 file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
                 self._files.append(file)
                 os.ftruncate(file, target.size)
-                if target.size:
-                    os.posix_fallocate(file, 0, target.size)  # a full disk is known now
+                _reserve(file, target.size)
                 _write_all(file, target.header, 0)
             except OSError as error:
                 self.close()
@@ -200,6 +200,17 @@ def _runs(common: Box, place: Entry, header: int) -> tuple[list[int], int]:
         steps = np.arange(first, first + size) if dim < inside else np.array([first])
         offsets = (offsets[:, None] + steps * stride).reshape(-1)
     return (header + place.begin + offsets * width).tolist(), run
+
+
+def _reserve(file: int, size: int) -> None:
+    """Take the room now, where the file system can: a full disk is told before anything moves."""
+    if not size or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
 
 
 def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:

@@ -112,6 +112,27 @@ def test_a_link_that_is_cut_and_comes_back(
     assert found["stood_bytes"] + found["moved_bytes"] == found["bytes"]
 
 
+def test_an_upload_that_is_cut_goes_on_with_the_next_file(
+    server: Server, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_verb, "StorageConfig", _two_tries)
+    make(tmp_path / "src", 100, tensors(1, scale=2000), ranks=12)
+    link = Link(server.port)
+    link.cut_after(12_000_000)  # of 20 MB
+    argv = ("restore", str(tmp_path / "src"), far("up"))
+    code, _, err = run(capsys, *argv, port=link.port)
+    assert (code, link.is_cut.is_set()) == (1, True)
+    assert "run the same command again and it goes on" in err
+    assert run(capsys, "ls", far("up"), port=server.port)[1]["checkpoints"][0]["state"] == (
+        "restoring"
+    )
+    link.mend()
+    code, found, _ = run(capsys, *argv, port=link.port)
+    assert code == 0
+    assert found["stood_bytes"] > 5_000_000
+    assert run(capsys, "verify", far("up"), port=server.port)[0] == 0
+
+
 def _two_tries(**settings: Any) -> StorageConfig:
     return StorageConfig(retries=1, **settings)
 

@@ -227,6 +227,22 @@ def test_new_epoch_keeps_the_old_ones_snapshot(tmp_path: Path) -> None:
         assert [item["epoch"] for item in cluster.clients[0].inventory()["epochs"]] == ["new"]
 
 
+def test_new_epoch_keeps_no_more_than_it_may_need(tmp_path: Path) -> None:
+    with Cluster(tmp_path) as cluster:
+        cluster.open([[4 * MIB]], slots=3, epoch="old")
+        for slot in (0, 1, 2):
+            cluster.snapshot(slot, slot + 1)
+        cluster.begin(0, 4)
+        cluster.fill(0, 4)
+        cluster.protect(0, 4)  # complete; whether others have committed it is not known here
+        cluster.memory.clear()
+        cluster.open([[MIB]], epoch="new", populate=0)
+        old = cluster.clients[0].inventory()["epochs"][0]
+        states = [(slot["step"], slot["state"]) for slot in old["members"]["0"]["slots"]]
+        assert states == [(4, "complete"), (3, "committed")]
+        assert old["bytes"] == 8 * MIB
+
+
 def test_newest_committed_is_never_overwritten(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         cluster.open([[MIB]])

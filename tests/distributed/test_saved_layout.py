@@ -2,24 +2,33 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from phalanx.checkpoint.chunks import chunk_of
 from phalanx.checkpoint.format import TensorInfo
-from phalanx.checkpoint.shares import Held, held_boxes
+from phalanx.checkpoint.manifest import read_manifest
+from phalanx.checkpoint.shares import Held, assign, held_boxes
+from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.tool.reading import tensors_of
+from phalanx.launch.cli import main
 from phalanx.launch.compose import compose
+from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.config import PartitionConfig, ZeroConfig
 from phalanx.parallel.zero.partition import Extent
 from phalanx.train.config import Config, LaunchConfig
 from phalanx.train.model.config import ModelConfig
+from phalanx.train.model.transformer import Transformer
 from phalanx.train.optim.config import OptimConfig, OptimizerName
 from phalanx.train.resume import plain_settings
 from phalanx.train.saved_layout import held_by_ranks, layout_config
 from phalanx.train.state import random_states
 from tests.small import make_config, make_engine
+from tests.stored import make
 
 Run = Callable[..., list[Any]]
 
@@ -106,3 +115,27 @@ def test_a_layout_is_read_into_the_saved_configuration() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             layout_config(meta, wanted)
+
+
+def test_restore_cuts_for_a_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(tied=True, dp_shard=1)
+    noise = np.random.default_rng(0)
+    arrays = {
+        f"{kind}{name}": noise.random(tuple(parameter.shape))
+        for name, parameter in Transformer(config.model).named_parameters()
+        for kind in ("model.", "optim.m.")
+    }
+    arrays["rng.cpu.3"] = noise.integers(0, 255, 99, dtype=np.uint8)
+    make(tmp_path / "src", 100, arrays, ranks=3, meta={"config": plain_settings(config)})
+    argv = ["checkpoint", "restore", str(tmp_path / "src"), str(tmp_path / "dst"), "--layout"]
+    assert main([*argv, "pp=2,dp_shard=2,tp=2"]) == 0
+    wanted = replace(config, parallel=ParallelConfig(pp=2, dp_shard=2, tp=2))
+    infos = tensors_of(read_manifest(open_storage(tmp_path / "src"), "step_00000100"))
+    manifest = read_manifest(open_storage(tmp_path / "dst"), "step_00000100")
+    assert [part.table for part in manifest.parts] == assign(held_by_ranks(wanted, infos))
+    assert "rng.cpu.3" in {entry.name for entry in manifest.parts[3].table.entries}
+    assert main(["checkpoint", "verify", str(tmp_path / "dst")]) == 0
+    assert main(["checkpoint", "show", "--diff", str(tmp_path / "src"), str(tmp_path / "dst")]) == 0
+    capsys.readouterr()
+    assert main([*argv, "tp=5"]) == 2
+    assert capsys.readouterr().err.startswith("phalanx: --layout tp=5: parallel.tp=5")

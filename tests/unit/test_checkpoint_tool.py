@@ -65,7 +65,7 @@ def test_ls_tells_good_damaged_and_half_written_apart(checkpoints: Path, capsys:
     lines = {line.split()[0]: line for line in out.splitlines()[2:]}
     assert list(lines) == ["100", "200", "300", "400", "500"]
     assert lines["100"].endswith("dp_shard=6  2+1         complete")
-    assert "broken: part-00001.safetensors has 7 bytes instead of" in lines["200"]
+    assert "broken: part-00001.safetensors has 7 bytes, not " in lines["200"]
     assert "broken: manifest.json is damaged: its own checksum" in lines["300"]
     assert lines["500"].endswith(
         "unfinished: no manifest.json: the save did not end, or still runs"

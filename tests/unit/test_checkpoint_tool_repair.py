@@ -138,6 +138,9 @@ def test_repair_from_a_copy_in_another_layout(good: Path, tmp_path: Path) -> Non
     assert not report.fine
     assert "mending failed: part-" in "\n".join(report.lines)
     assert len(list((copy / STEP).glob("part-*"))) == 2
+    make(tmp_path / "later", 200, tensors(1))
+    report = verify(place, repair=True, other=find(str(tmp_path / "later")))
+    assert report.lines[-1] == f"  {tmp_path}/later has no checkpoint of step 100 to mend from"
     assert verify(place, repair=True, other=find(str(tmp_path / "other"))).fine
     assert same(good, copy)
 

@@ -204,6 +204,35 @@ def test_it_goes_on_with_its_step_though_the_source_has_a_newer_one(
     assert restore(find(str(source)), str(tmp_path / "dst")).content["step"] == 200
 
 
+def test_a_kill_between_the_manifest_and_the_end(source: Path, tmp_path: Path) -> None:
+    restore(find(str(source)), str(tmp_path / "dst"))
+    journal = tmp_path / "dst" / STEP / "restore.journal"
+    journal.write_text("{}")
+    assert "stands already" in restore(find(str(source)), str(tmp_path / "dst")).lines[0]
+    assert not journal.exists()
+
+
+def test_a_damaged_journal_is_not_believed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        cut_link_after(30, patch)
+        with pytest.raises(Cut):
+            restore(find(str(source)), str(tmp_path / "dst"))
+    journal = tmp_path / "dst" / STEP / "restore.journal"
+    text = journal.read_text()
+    lines = text.splitlines(keepends=True)
+    lines[3] = lines[3].replace('"unit"', '"untt"')
+    lines[4] = lines[4].replace("xxh3", "xxh9")
+    journal.write_text("".join(lines))
+    restore(find(str(source)), str(tmp_path / "dst"))
+    assert files(source / STEP) == files(tmp_path / "dst" / STEP)
+    (tmp_path / "again" / STEP).mkdir(parents=True)
+    (tmp_path / "again" / STEP / journal.name).write_text(text.replace("unit_bytes", "unit_"))
+    with pytest.raises(ValueError, match="restore.journal: is damaged; delete its folder"):
+        restore(find(str(source)), str(tmp_path / "again"))
+
+
 def test_dry_run_tells_and_writes_nothing(source: Path, tmp_path: Path) -> None:
     report = restore(find(str(source)), str(tmp_path / "dst"), dry_run=True)
     assert report.fine
@@ -231,6 +260,7 @@ def test_no_room_is_told_before_anything_moves(source: Path, tmp_path: Path) -> 
     assert "File too large" in done.stderr
     assert "part-00000.safetensors" in done.stderr
     assert "run the same command again and it goes on" in done.stderr
+    assert [path.name for path in (tmp_path / "dst" / STEP).iterdir()] == ["restore.journal"]
     restore(find(str(source)), str(tmp_path / "dst"))
     assert files(source / STEP) == files(tmp_path / "dst" / STEP)
 

@@ -1,0 +1,86 @@
+"""One connection from a rank or a tool to its holder: requests, answers, memory. Torch-free."""
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from phalanx.checkpoint.holder_memory import map_memory
+from phalanx.checkpoint.holder_socket import same_user, socket_path
+from phalanx.checkpoint.holder_spec import HolderError
+from phalanx.checkpoint.transport import receive, send
+
+Self = TypeVar("Self", bound="Line")
+
+
+class HolderGone(ConnectionError):
+    """There is no holder, or it has died."""
+
+
+class Line:
+    """The connection itself, for one thread at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    @classmethod
+    def connect(cls: type[Self], job: str, node: int) -> Self:
+        """Connect to the holder of a job's node on this machine.
+
+        Raises:
+            HolderGone: there is none.
+            PermissionError: it is another user's.
+        """
+        path = socket_path(job, node)
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(str(path))
+            if not same_user(sock):
+                raise PermissionError(f"{path} belongs to another user's process")
+        except (FileNotFoundError, ConnectionError) as error:
+            sock.close()
+            raise HolderGone(f"no holder of {job}, node {node}: {error}") from None
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock)
+
+    def close(self) -> None:
+        """Hang up. What this client attached stays mapped as long as somebody has its views."""
+        self._sock.close()
+
+    def _call(self, name: str, **arguments: Any) -> Any:
+        value, fds = self._call_for_fds(name, **arguments)
+        assert not fds, name
+        return value
+
+    def _call_for_fds(self, name: str, **arguments: Any) -> tuple[Any, list[int]]:
+        try:
+            send(self._sock, {"do": name, **arguments})
+            answer, fds = receive(self._sock)
+        except OSError as error:
+            self._sock.close()
+            raise HolderGone(f"the holder has died ({error})") from None
+        except BaseException:
+            self._sock.close()  # the answer to this would be taken for the next one's
+            raise
+        if "error" in answer:
+            raise HolderError(answer["error"])
+        return answer.get("value"), fds
+
+
+def mapped(
+    lengths: Sequence[int], fds: Sequence[int], *, write: bool, populate: Sequence[bool]
+) -> list[memoryview]:
+    """Memory that was sent: one descriptor for each length that is not 0."""
+    left = iter(fds)
+    try:
+        return [
+            map_memory(next(left), nbytes, write=write, populate=now)
+            if nbytes
+            else memoryview(bytearray())
+            for nbytes, now in zip(lengths, populate, strict=True)
+        ]
+    finally:
+        for fd in fds:
+            os.close(fd)

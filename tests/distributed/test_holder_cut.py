@@ -1,0 +1,103 @@
+"""A node that is cut off without a word: its holder lives, but nothing comes through."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from phalanx.checkpoint.holder_client import HolderError
+from tests.holding import Cluster, together
+
+MIB = 1 << 20
+NODES = 3
+
+
+def run(command: str) -> None:
+    """A command that must succeed."""
+    subprocess.run(command.split(), check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def network() -> Iterator[tuple[Callable[[int], str], Callable[[int, str], None]]]:
+    """Network namespaces on a bridge: (name of a node's, set a node's link "up" or "down")."""
+    tag = f"phx{os.getpid() % 100_000}"
+    if os.getuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    try:
+        run(f"ip link add {tag} type bridge")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+    try:
+        run(f"ip link set {tag} up")
+        for node in range(NODES):
+            space = f"{tag}n{node}"
+            run(f"ip netns add {space}")
+            run(f"ip link add {tag}v{node} type veth peer name eth0 netns {space}")
+            run(f"ip link set {tag}v{node} master {tag} up")
+            run(f"ip -n {space} addr add 10.213.0.{node + 1}/24 dev eth0")
+            run(f"ip -n {space} link set eth0 up")
+        yield lambda node: f"{tag}n{node}", lambda node, to: run(f"ip link set {tag}v{node} {to}")
+    finally:
+        for node in range(NODES):
+            subprocess.run(["ip", "netns", "del", f"{tag}n{node}"], capture_output=True)
+        run(f"ip link del {tag}")
+
+
+@pytest.mark.slow
+def test_cut_off_node_is_noticed_and_comes_back(
+    tmp_path: Path, network: tuple[Callable[[int], str], Callable[[int, str], None]]
+) -> None:
+    space, link = network
+    start = (
+        "import sys; from phalanx.checkpoint.holder_client import start_holder;"
+        "start_holder(sys.argv[1], int(sys.argv[2]), linger_s=20, log=None)"
+    )
+    with Cluster(tmp_path) as cluster:
+        for node in range(NODES):
+            command = ["ip", "netns", "exec", space(node), sys.executable, "-c", start]
+            subprocess.run([*command, cluster.job, str(node)], check=True)
+            cluster.clients[node] = cluster.connect(node)
+            cluster.hosts[node] = f"10.213.0.{node + 1}"
+        cluster.open([[20 * MIB]] * NODES, parity=1)
+        cluster.snapshot(0, 1)
+        cluster.begin(1, 2)
+        cluster.fill(1, 2, nodes=[0, 1])
+        link(2, "down")
+        cluster.fill(1, 2, nodes=[2])
+
+        def protect(node: int) -> str:
+            with pytest.raises(HolderError) as caught:
+                cluster.clients[node].protect("first", 1, 2)
+            return str(caught.value)
+
+        begun = time.monotonic()
+        for node, why in enumerate(together(protect, range(NODES))):
+            assert "is gone" in why
+            assert node == 2 or "member 2" in why
+        assert time.monotonic() - begun < 20
+        assert [slot["state"] for slot in cluster.slots(0)] == ["committed", "filling"]
+        link(2, "up")
+        for step in range(3, 30):  # the network may take a moment to know each other again
+            cluster.begin(1, step)
+            cluster.fill(1, step)
+            try:
+                reports = cluster.protect(1, step)
+            except HolderError:
+                together(lambda node: settled(cluster, node, step), range(NODES))
+                continue
+            cluster.commit(1, step, [report["digest"] for report in reports])
+            return
+        raise AssertionError("it never came back")
+
+
+def settled(cluster: Cluster, node: int, step: int) -> None:
+    """Wait until the snapshot has failed, or stands, on the node too."""
+    try:
+        cluster.clients[node].protect("first", 1, step)
+    except HolderError:
+        time.sleep(0.1)
