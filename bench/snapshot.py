@@ -5,6 +5,7 @@ save to a file system in memory, which is the best they can have. A snapshot is 
 complete on the disk and fsync'd: both sides do that, DCP by its default.
 """
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def bench(request: Request) -> list[Figure]:
     )
     prefix = "phalanx-bench-"
     with (
-        tempfile.TemporaryDirectory(prefix=prefix, dir=MEMORY if MEMORY.is_dir() else None) as fast,
+        tempfile.TemporaryDirectory(prefix=prefix, dir=_memory_folder(config)) as fast,
         tempfile.TemporaryDirectory(prefix=prefix) as disk,
     ):
         found = request.launch(
@@ -126,9 +127,23 @@ def _alone(name: str, unit: str, values: list[float]) -> Figure:
     return Figure(name=name, value=median(values), unit=unit, low=min(values), high=max(values))
 
 
+def _memory_folder(config: Config) -> Path:
+    """Where the peers save: in memory, where there is room for a turn's files."""
+    room = (2 + _steps(config)) * config.bench.snapshot.state_mb << 20
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= room:
+        return MEMORY
+    folder = Path(tempfile.gettempdir())
+    _note(f"{MEMORY} has no room for {room / 2**30:.1f} GiB: the peers save to {folder}")
+    return folder
+
+
+def _steps(config: Config) -> int:
+    return config.bench.steps or STEPS
+
+
 def _check_memory(config: Config) -> None:
     settings = config.bench.snapshot
-    copies = COPIES + (config.bench.steps or STEPS)
+    copies = COPIES + _steps(config)
     needed, free = copies * settings.state_mb << 20, psutil.virtual_memory().available
     if needed > free:
         raise ValueError(

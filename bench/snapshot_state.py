@@ -26,7 +26,7 @@ KINDS = (SLEEPING, COMPUTING)
 rank's device (on a CPU, on the core that whoever copies needs too)."""
 SIDE = {"cpu": 384, "cuda": 8192}
 """Of the square matrices that are multiplied."""
-TRY, TRIES = 16, 20
+TRY, TRIES = 16, 10
 """Products that are timed together, and how often, to find what one takes undisturbed."""
 
 

@@ -1,8 +1,8 @@
 """The folders of checkpoints: names, what is complete, what is kept, safe replacing and deleting.
 
-`step_00000100/` is the checkpoint of step 100, complete when it holds a manifest. While a complete
-one stands, the step is saved anew to `step_00000100.r1/`, then `.r2/`, ...: the highest complete
-one counts and the others go once it stands. Nothing is renamed, so that object stores do the same.
+`step_00000100/` is the checkpoint of step 100, complete when it holds a manifest. The step is saved
+anew to `step_00000100.r1/`, then `.r2/`, ...: the highest complete one counts and the others go
+once it stands. Nothing is renamed, so that object stores do the same.
 Torch-free.
 """
 
@@ -42,19 +42,19 @@ def complete_folders(storage: Storage) -> dict[int, str]:
 
 
 def prepare_folder(storage: Storage, step: int) -> str:
-    """Name of an empty folder to save `step` to; leftovers of the step are deleted.
+    """Name of an empty folder to save `step` to, which was never saved to.
 
-    A complete checkpoint of the step stays until `prune`, be it broken: it may be repaired.
+    What there is of the step stays until `prune`. A complete checkpoint may have to be repaired;
+    and into one that was begun, a holder of the run that died may still be writing.
 
     Raises:
         OSError: the storage cannot be read, or a leftover cannot be deleted.
     """
     revision = 0
     for name in (name for found, name in step_folders(storage) if found == step):
-        if is_complete(storage, name):
-            match = PATTERN.fullmatch(name)
-            assert match is not None
-            revision = int(match[2] or 0) + 1
+        match = PATTERN.fullmatch(name)
+        assert match is not None
+        revision = int(match[2] or 0) + 1
     target = folder_name(step, revision=revision)
     storage.delete(target)  # leftovers, be they uploads that no listing shows
     return target

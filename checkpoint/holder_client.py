@@ -42,11 +42,8 @@ def start_holder(job: str, node: int, *, linger_s: float, log: Path | None) -> N
     command += ["--log", str(log.absolute())] if log is not None else []
     deadline = time.monotonic() + START_S
     while True:
-        try:
-            HolderClient.connect(job, node).close()
+        if _answers(job, node):
             return
-        except HolderGone:
-            pass
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode == TAKEN and time.monotonic() < deadline:
             time.sleep(0.02)  # it is about to answer, or about to end
@@ -61,14 +58,20 @@ def find_holders() -> list[tuple[str, int]]:
     Raises:
         PermissionError: see `socket_path`.
     """
-    found = []
-    for job, node in all_sockets():
+    return [(job, node) for job, node in all_sockets() if _answers(job, node)]
+
+
+def _answers(job: str, node: int) -> bool:
+    """Whether there is a holder; one that is being killed may still take connections."""
+    try:
+        client = HolderClient.connect(job, node)
         try:
-            HolderClient.connect(job, node).close()
-        except HolderGone:
-            continue
-        found.append((job, node))
-    return found
+            client.hello()
+        finally:
+            client.close()
+    except HolderGone:
+        return False
+    return True
 
 
 class HolderClient(Line):
@@ -83,6 +86,10 @@ class HolderClient(Line):
         self._begun: dict[tuple[str, int], int] = {}
 
     # --- of any process ---------------------------------------------------------------------------
+
+    def hello(self) -> int:
+        """The holder's process."""
+        return int(self._call("hello"))
 
     def inventory(self) -> dict[str, Any]:
         """What the holder holds.

@@ -62,6 +62,9 @@ class Connection:
 
     # --- requests by name -------------------------------------------------------------------------
 
+    def _do_hello(self, request: dict[str, Any]) -> Any:
+        return os.getpid()
+
     def _do_inventory(self, request: dict[str, Any]) -> Any:
         return self._service.inventory()
 

@@ -80,9 +80,7 @@ class CheckpointManager:
             store_host=_store_host(),
         )
         copying = dist.new_group(backend="gloo")
-        leaders = [self._node.ranks_of(number)[0] for number in range(self._node.count)]
-        writing = dist.new_group(leaders, backend="gloo")
-        self._leaders = Peers(writing) if self._node.leader else None
+        self._leaders = _leaders(self._node)
         self._log_dir = log_dir
         self._device = ranks.device
         self._copying = copying
@@ -240,10 +238,11 @@ class CheckpointManager:
                 saved_step=self._finder.durable_step,
             )
         if self._finder.refused:
+            why = "; ".join(self._finder.refused)
             raise ValueError(
                 f"checkpoint.dir={self._config.dir}: no checkpoint is left that can be loaded "
-                f"({'; '.join(self._finder.refused)}); see `phalanx checkpoint verify --repair`, or choose "
-                "another run.dir for a new run"
+                f"({why}); see `phalanx checkpoint verify --repair`, or choose another run.dir for "
+                "a new run"
             )
         return None
 
@@ -361,6 +360,18 @@ class CheckpointManager:
     def _say(self, text: str) -> None:
         if self._peers.rank == 0:
             print(f"phalanx: {text}", file=sys.stderr, flush=True)
+
+
+def _leaders(node: Node) -> Peers | None:
+    """The first ranks of all nodes, for such a rank; collective."""
+    leaders = [node.ranks_of(number)[0] for number in range(node.count)]
+    others = [rank for rank in range(node.count * node.ranks_per_node) if rank not in leaders]
+    group = dist.new_group(leaders, backend="gloo")
+    if others:
+        # torch names a group that its ranks make among themselves (pipeline channels) by how many
+        # they made before, so every rank has to make as many.
+        dist.new_group(others, backend="gloo")
+    return Peers(group) if node.leader else None
 
 
 def _store_host() -> str | None:

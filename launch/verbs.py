@@ -28,6 +28,7 @@ from phalanx.launch.schedule_flags import OPTIONS
 from phalanx.launch.start import launch
 from phalanx.parallel.zero.partition import data_ranks_per_node
 from phalanx.train.config import Config, Launcher
+from phalanx.train.notes import notes
 from phalanx.train.resume import check_resume
 
 
@@ -229,7 +230,7 @@ def _train(job: Job) -> None:
         check_resume(config)
     if place is None or place.rank == 0:
         _write_config(config, folder)
-        for note in _known_device(config).notes(num_nodes=_num_nodes(config)):
+        for note in notes(_known_device(config), num_nodes=_num_nodes(config)):
             print(f"phalanx: note: {note}", file=sys.stderr)
     if config.launch.launcher is Launcher.torchrun and place is None:
         from phalanx.launch.torchrun import run_torchrun

@@ -77,23 +77,24 @@ class Run:
             time.sleep(0.003)
 
     def ranks(self) -> list[psutil.Process]:
-        """The ranks, by rank; they are forked one after the other."""
+        """The ranks, by rank; the one child of the launcher starts them one after the other."""
         [server] = [p for p in self._below() if p.ppid() == self.process.pid]
         return sorted(server.children(), key=lambda process: process.pid)
 
     def kill(self, who: str) -> str:
         """kill -9 "one rank", "all ranks", "launcher" or "everything" but the holders; returns
         what was printed when every process of this start is gone."""
-        below, ranks = self._below(), self.ranks()
+        below = self._below()
         launcher = psutil.Process(self.process.pid)
         victims = {
-            "one rank": ranks[-1:],
-            "all ranks": ranks,
-            "launcher": [launcher],
-            "everything": [launcher, *below],
-        }[who]
+            "one rank": lambda: self.ranks()[-1:],
+            "all ranks": self.ranks,
+            "launcher": lambda: [launcher],
+            "everything": lambda: [launcher, *below],
+        }[who]()
         for victim in victims:
-            victim.kill()
+            with suppress(psutil.NoSuchProcess):  # who started it was killed before
+                victim.kill()
         text = self.wait()
         assert self.process.returncode != 0
         _, alive = psutil.wait_procs(below, timeout=20)
@@ -130,7 +131,8 @@ class Run:
 
 def going_on_from(text: str) -> tuple[str, int]:
     """("snapshot in memory" or "checkpoint", step) that a start said it goes on from."""
-    found = re.findall(r"going on from the (.*) of step (\d+)", text)
+    own = text.partition("\nlast lines of ")[0]  # the log has those of earlier starts too
+    found = re.findall(r"going on from the (.*) of step (\d+)", own)
     assert len(found) == 1, text
     return found[0][0], int(found[0][1])
 

@@ -7,8 +7,8 @@ from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.checkpoint.placement import make_groups
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
-from phalanx.parallel.zero.config import Offload, ZeroConfig
-from phalanx.parallel.zero.partition import Extent, data_ranks_per_node
+from phalanx.parallel.zero.config import ZeroConfig
+from phalanx.parallel.zero.partition import data_ranks_per_node
 from phalanx.train.bench_config import BenchConfig
 from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
@@ -315,71 +315,6 @@ class Config:
         for name, columns in (("attention.wo", heads), ("feed_forward.w2", self.model.ffn_dim)):
             shape = (self.model.dim, columns)
             check_column_cut(self.optim.name, f"{name}.weight", shape, parts=tp)
-
-    def notes(self, *, num_nodes: int | None = None) -> list[str]:
-        """Settings that do something else than their name says in this layout, or nothing.
-
-        `num_nodes`: that a model's shards lie on; None where nobody knows yet.
-        """
-        notes = []
-        warmup, steps = self.optim.lr.warmup_steps, self.training.steps
-        if warmup >= steps:
-            when = "never" if warmup > steps else "only in the last step"
-            notes.append(
-                f"optim.lr.warmup_steps={warmup}: with training.steps={steps} the learning rate "
-                f"{when} reaches its peak"
-            )
-        notes += self.pipeline.notes(self.parallel.pp, self.training.steps)
-        sharded = self.parallel.dp_shard != 1 or self.parallel.dp_replicate != 1
-        notes += self._notes_of_zero(sharded, num_nodes)
-        if not sharded and self.precision.reduce is not PrecisionConfig().reduce:
-            notes.append(
-                f"precision.reduce={self.precision.reduce.name}: no effect with one "
-                "data-parallel rank"
-            )
-        if self.pipeline.post_validation and self.model.tie_embeddings:
-            notes.append(
-                "pipeline.post_validation=true: with model.tie_embeddings=true the first and the "
-                "last pipeline rank still wait for each other at each step, for the tied gradient"
-            )
-        notes += self._notes_of_snapshots()
-        held = self.zero.extents.grads is not Extent.all or self.parallel.dp_replicate != 1
-        if sharded and held and self.precision.reduce is Precision.bf16:
-            notes.append(
-                "precision.reduce=bf16: gradients that wait for a step's last microbatch are also "
-                "added up in bf16 here; with many microbatches use fp32"
-            )
-        return notes
-
-    def _notes_of_snapshots(self) -> list[str]:
-        notes = []
-        snapshot = self.checkpoint.snapshot
-        if snapshot.num_parity and not snapshot.every:
-            notes.append(
-                f"checkpoint.snapshot.parity={snapshot.parity}: no effect with "
-                "checkpoint.snapshot.every=0; checkpoints in storage have no parity then"
-            )
-        if self.launch.racks and not (snapshot.every and snapshot.num_parity):
-            notes.append(f"launch.racks={self.launch.racks}: no effect without snapshots' parity")
-        if snapshot.every and self.pipeline.post_validation:
-            notes.append(
-                f"checkpoint.snapshot.every={snapshot.every}: with pipeline.post_validation=true "
-                "every snapshot waits until its step is final, which gives up what that gained"
-            )
-        return notes
-
-    def _notes_of_zero(self, sharded: bool, num_nodes: int | None) -> list[str]:
-        notes = []
-        if not sharded and self.zero.stage != ZeroConfig().stage:
-            notes.append(f"zero.stage={self.zero.stage}: no effect with one data-parallel rank")
-        if self.zero.offload is Offload.cpu and self.launch.device is Device.cpu:
-            notes.append("zero.offload=cpu: no effect with launch.device=cpu")
-        if self.parallel.dp_shard == 1:
-            return notes + [
-                f"{setting}: no effect with parallel.dp_shard=1, which divides nothing"
-                for setting in self.zero.settings_beside_stage()
-            ]
-        return notes + self.zero.notes(num_nodes)
 
     def check_nodes(self, world_size: int, ranks_per_node: int) -> None:
         """Whether ZeRO's and the snapshots' settings fit `world_size` ranks of which so many share

@@ -5,7 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from phalanx.checkpoint.checksums import digest_range
-from phalanx.checkpoint.manifest import Manifest
+from phalanx.checkpoint.manifest import BACKUP, Manifest
+from phalanx.checkpoint.manifest import NAME as MANIFEST
 from phalanx.checkpoint.storage import Bytes, Storage
 from phalanx.checkpoint.tool.mend import Mender
 from phalanx.checkpoint.tool.progress import byte_bar
@@ -54,14 +55,15 @@ def find_ways(storage: Storage, folder: str, checked: Checked, other: Reader | N
 
 
 def misplaced(storage: Storage, folder: str, checked: Checked) -> dict[str, str]:
-    """Broken file to the file that has its content: broken itself, or left by a repair."""
+    """Broken file to the file that has its content: broken itself, or left by a repair, or one
+    that should be a manifest."""
     assert checked.manifest is not None
     files = checked.manifest.files
     sizes = {files[name].size for name in checked.faults}
     aside = [name for name in storage.names(folder) if name.endswith(ASIDE)]
-    candidates = [*checked.faults, *aside]
+    candidates = [*checked.faults, *aside, MANIFEST, BACKUP] if checked.faults else []
     contents: dict[str, str] = {}
-    for name in candidates if len(candidates) > 1 else ():
+    for name in candidates:
         with suppress(OSError):
             there = storage.size(f"{folder}/{name}")
             if there in sizes:

@@ -15,9 +15,12 @@ from tests.checkpointing import Events, Run, holder_pids, manager_of
 
 
 def failed_save(manager: CheckpointManager, step: int, tensors: dict[str, torch.Tensor]) -> str:
-    with pytest.raises(CheckpointError, match=f"step {step} could not be saved") as caught:
+    def save_and_wait() -> None:
         manager.save(step, tensors, {})
         manager.wait()
+
+    with pytest.raises(CheckpointError, match=f"step {step} could not be saved") as caught:
+        save_and_wait()
     return str(caught.value)
 
 

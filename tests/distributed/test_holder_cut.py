@@ -70,34 +70,37 @@ def test_cut_off_node_is_noticed_and_comes_back(
         link(2, "down")
         cluster.fill(1, 2, nodes=[2])
 
-        def protect(node: int) -> str:
+        def protect(node: int) -> tuple[str, float]:
+            begun = time.monotonic()
             with pytest.raises(HolderError) as caught:
                 cluster.clients[node].protect("first", 1, 2)
-            return str(caught.value)
+            return str(caught.value), time.monotonic() - begun
 
-        begun = time.monotonic()
-        for node, why in enumerate(together(protect, range(NODES))):
+        for node, (why, seconds) in enumerate(together(protect, range(NODES))):
             assert "is gone" in why
+            # Who has no link left is told by its own sending alone, which takes longer.
+            assert seconds < (60 if node == 2 else 20), (node, seconds)
             assert node == 2 or "member 2" in why
-        assert time.monotonic() - begun < 20
         assert [slot["state"] for slot in cluster.slots(0)] == ["committed", "filling"]
         link(2, "up")
-        for step in range(3, 30):  # the network may take a moment to know each other again
-            cluster.begin(1, step)
-            cluster.fill(1, step)
-            try:
-                reports = cluster.protect(1, step)
-            except HolderError:
-                together(lambda node: settled(cluster, node, step), range(NODES))
-                continue
-            cluster.commit(1, step, [report["digest"] for report in reports])
-            return
-        raise AssertionError("it never came back")
+        deadline = time.monotonic() + 30
+        step = 3
+        while not came_back(cluster, step):  # the nodes may take a moment to find each other
+            assert time.monotonic() < deadline
+            step += 1
 
 
-def settled(cluster: Cluster, node: int, step: int) -> None:
-    """Wait until the snapshot has failed, or stands, on the node too."""
-    try:
-        cluster.clients[node].protect("first", 1, step)
-    except HolderError:
-        time.sleep(0.1)
+def came_back(cluster: Cluster, step: int) -> bool:
+    """Whether the step's snapshot was complete everywhere; returns when it is settled."""
+    cluster.begin(1, step)
+    cluster.fill(1, step)
+
+    def protect(node: int) -> bool:
+        try:
+            cluster.clients[node].protect("first", 1, step)
+        except HolderError:
+            time.sleep(0.1)
+            return False
+        return True
+
+    return all(together(protect, range(NODES)))

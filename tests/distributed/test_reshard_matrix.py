@@ -66,7 +66,7 @@ LAYOUTS: dict[str, Layout] = {
     "stage 3": layout(3, ranks=4, dp_shard=4),
     "in each node": layout(at(Partition(NODE, NODE, NODE)), ranks=4, per_node=2, dp_shard=4),
     "params by node": layout(at(Partition(NODE, ALL, ALL)), ranks=4, per_node=2, dp_shard=4),
-    "replicas": layout(1, ranks=4, dp_replicate=2, dp_shard=2),
+    "stage 1": layout(1, ranks=2, dp_shard=2),
     "hybrid shards": layout(3, ranks=4, per_node=2, dp_replicate=2, dp_shard=2),
     "tp": layout(3, ranks=2, tp=2),
     "tp, stage 1": layout(1, ranks=4, per_node=2, tp=2, dp_shard=2),
@@ -74,8 +74,8 @@ LAYOUTS: dict[str, Layout] = {
     "pp in a V, stage 2": layout(2, ranks=4, pp=2, dp_shard=2, schedule="zb_v"),
     "pp, tp": layout(3, ranks=4, pp=2, tp=2),
 }
-FEW = ("one rank", "in each node", "tp, stage 1", "pp in a V, stage 2")
-TARGETS = ("one rank", "pp of 3", "in each node")
+FEW = ("one rank", "in each node", "tp", "pp in a V, stage 2")
+TARGETS = ("stage 1", "pp of 3", "in each node")
 """The dozen pairs of a quick run: FEW x TARGETS."""
 
 
@@ -258,9 +258,7 @@ def test_low_bit_states(run_ranks: Run, store: Store, name: OptimizerName) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [OptimizerName.adamw8bit, OptimizerName.adamw4bit])
-def test_low_bit_states_in_more_layouts(
-    run_ranks: Run, store: Store, name: OptimizerName
-) -> None:
+def test_low_bit_states_in_more_layouts(run_ranks: Run, store: Store, name: OptimizerName) -> None:
     untouched = [key for key, one in LAYOUTS.items() if one.case.config.parallel.tp == 1]
     layouts = low_bit(name, untouched)
     for target in list(layouts)[::3]:
@@ -319,9 +317,7 @@ class Passage:
 PASSAGES = [
     Passage(source="hybrid shards", target="pp of 3", nodes=(1, 1)),
     Passage(source="pp in a V, stage 2", target="tp, stage 1", nodes=(2, 2)),
-    Passage(
-        source="pp, tp", target="in each node", nodes=(4, 2), parity="rs(2)", dropped=(2, 3)
-    ),
+    Passage(source="pp, tp", target="in each node", nodes=(4, 2), parity="rs(2)", dropped=(2, 3)),
 ]
 MORE_PASSAGES = [
     Passage(source="stage 3", target="in each node", nodes=(1, 2)),

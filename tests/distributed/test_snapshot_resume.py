@@ -1,13 +1,14 @@
 """Whatever of a run is killed, the next start goes on from memory as if nothing had happened: the
 same losses, bit for bit, in the same layout."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from phalanx.train.data.config import DataConfig
-from tests.killing import Run, alive, going_on_from, wait_until
+from tests.killing import Run, alive, end_all, going_on_from, wait_until
 
 STEPS = 60
 MakeRun = Callable[..., Run]
@@ -126,6 +127,73 @@ def test_goes_on_in_another_layout(make_run: MakeRun, before: str, after: str) -
         # fp32 sums in another order: rounding of 1e-7 that up to 60 optimizer steps amplify.
         assert ours[0] == theirs[0]
         assert ours[1] == pytest.approx(theirs[1], rel=1e-3)
+
+
+def test_a_stop_that_saves_nothing_leaves_the_memory(make_run: MakeRun) -> None:
+    run = make_run("run", "parallel.dp_shard=2")
+    run.start()
+    run.wait_for_lines(7)
+    run.process.send_signal(signal.SIGTERM)
+    text = run.wait()
+    assert run.process.returncode == 0, text
+    done = len(run.metrics())
+    assert going_on_from(run.finish(f"training.steps={done + 2}")) == ("snapshot in memory", done)
+    assert [step for step, _, _ in run.metrics()] == list(range(done + 2))
+    assert not run.holders()
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_do_not_touch_each_other(make_run: MakeRun) -> None:
+    whole = make_run("whole", "parallel.dp_shard=2", "training.seed=3")
+    whole.finish("checkpoint.snapshot.every=0")
+    runs = [make_run(name, "parallel.dp_shard=2", "training.seed=3") for name in ("one", "other")]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.wait_for_lines(5)
+    held = [set(run.holders().values()) for run in runs]
+    assert len(held[0] | held[1]) == 2
+    runs[0].kill("everything")
+    logged = len(runs[0].metrics())
+    assert runs[1].process.poll() is None
+    text = runs[1].wait()
+    assert runs[1].process.returncode == 0, text
+    assert not runs[1].holders()
+    assert set(runs[0].holders().values()) == held[0]
+    check_resumed(runs[0].finish(), logged)
+    assert runs[0].metrics() == runs[1].metrics() == whole.metrics()
+    for run in runs:
+        assert not run.events("snapshot_failed", "snapshot_lost", "snapshot_rejected")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["a rank", "everything"])
+def test_under_torchrun(make_run: MakeRun, who: str) -> None:
+    layout = ("parallel.dp_shard=2", "launch=torchrun")
+    whole, broken = make_run("whole", *layout), make_run("broken", *layout)
+    whole.finish("checkpoint.snapshot.every=0")
+    broken.start()
+    broken.wait_for_lines(9)
+    if who == "everything":
+        broken.kill(who)
+    else:
+        broken.ranks()[-1].kill()
+        assert "killed by SIGKILL" in broken.wait()
+        assert broken.process.returncode == 1
+    logged = len(broken.metrics())
+    check_resumed(broken.finish(), logged)
+    assert broken.metrics() == whole.metrics()
+
+
+@pytest.mark.slow
+def test_without_a_holder_and_without_a_checkpoint_it_begins_anew(make_run: MakeRun) -> None:
+    run = make_run("run", "parallel.dp_shard=2")
+    run.start()
+    run.wait_for_lines(5)
+    run.kill("everything")
+    end_all(run.holders().values())
+    check_resumed(run.finish("training.steps=4"), None)
+    assert [step for step, _, _ in run.metrics()] == list(range(4))
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def test_a_step_saved_anew_replaces_the_old_when_it_stands(storage: Storage) -> 
     storage.write(f"{fresh}/part-00000.safetensors", [b"half"])
     assert complete_folders(storage) == {1: "step_00000001", 2: old}
     again, written = save_checkpoint(storage, 2, seed=2)
-    assert again == fresh == "step_00000002.r1"
+    assert (fresh, again) == ("step_00000002.r1", "step_00000002.r2")
     assert complete_folders(storage) == {1: "step_00000001", 2: again}
     assert prune(storage, saved=2, keep=1, keep_every=0, rejected=())[1] == []
     assert storage.names() == [again]

@@ -1,8 +1,10 @@
 """The bench of snapshots: what it makes of its times, what it refuses, and that it would notice a
 snapshot that is not of one moment."""
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -90,6 +92,13 @@ def test_settings_are_checked(settings: dict[str, Any], word: str) -> None:
         SnapshotBenchConfig(**settings)
 
 
+def small() -> Config:
+    return Config(
+        bench=BenchConfig(rounds=1, steps=1, snapshot=SnapshotBenchConfig(state_mb=2, step_s=0.01)),
+        launch=LaunchConfig(device=Device.cpu, threads_per_rank=1, timeout_s=60.0),
+    )
+
+
 def request(config: Config) -> Request:
     return Request(config=config, world_size=1, launch=launch, arguments=[])
 
@@ -101,6 +110,17 @@ def test_what_cannot_be_measured_is_said_before(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     with pytest.raises(ValueError, match="state_mb=1024: .* GiB of host memory, 1.0 GiB are free"):
         snapshot.bench(request(Config()))
+
+
+def test_peers_save_to_memory_that_has_room(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(snapshot, "MEMORY", tmp_path)
+    assert snapshot._memory_folder(small()) == tmp_path
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(snapshot, "MEMORY", tmp_path / "nowhere")
+    assert snapshot._memory_folder(small()) == Path(tempfile.gettempdir())
+    assert "the peers save to" in capsys.readouterr().err
 
 
 class Kept:
@@ -157,11 +177,7 @@ def test_a_snapshot_of_another_moment_is_noticed(run_ranks: Callable[..., list[A
 
 
 def test_all_sides_run(capsys: pytest.CaptureFixture[str]) -> None:
-    config = Config(
-        bench=BenchConfig(rounds=1, steps=1, snapshot=SnapshotBenchConfig(state_mb=2, step_s=0.01)),
-        launch=LaunchConfig(device=Device.cpu, threads_per_rank=1, timeout_s=60.0),
-    )
-    figures = by_name(snapshot.bench(request(config)))
+    figures = by_name(snapshot.bench(request(small())))
     peers = list(peer_dcp.STAGINGS)
     if peer_torch_checkpointing.installed():
         peers.append(peer_torch_checkpointing.NAME)

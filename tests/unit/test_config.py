@@ -278,13 +278,13 @@ def test_degrees_fill_the_world(
 
 
 def test_a_warm_up_longer_than_the_run_is_noted() -> None:
-    def notes(warmup_steps: int) -> list[str]:
+    def noted(warmup_steps: int) -> list[str]:
         lr = LrConfig(warmup_steps=warmup_steps)
-        return Config(training=TrainingConfig(steps=20), optim=OptimConfig(lr=lr)).notes()
+        return notes(Config(training=TrainingConfig(steps=20), optim=OptimConfig(lr=lr)))
 
-    assert notes(19) == []
-    [last] = notes(20)
-    [never] = notes(100)
+    assert noted(19) == []
+    [last] = noted(20)
+    [never] = noted(100)
     assert last.startswith("optim.lr.warmup_steps=20: with training.steps=20 ")
     assert last.endswith("only in the last step reaches its peak")
     assert never.startswith("optim.lr.warmup_steps=100: with training.steps=20 ")

@@ -6,6 +6,7 @@ from phalanx.checkpoint.config import CheckpointConfig, SnapshotConfig, StorageC
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.train.config import Config, LaunchConfig
+from phalanx.train.notes import notes
 from tests.refusals import CHECKPOINT_MODULES, INF, NAN, Case, check_refusal, of, unreached
 
 
@@ -61,22 +62,24 @@ def test_parity_is_the_number_of_nodes_that_may_be_lost(parity: str, lost: int) 
 
 
 def test_what_has_no_effect_is_noted() -> None:
-    alone = protected("xor", every=0).notes()
+    alone = notes(protected("xor", every=0))
     assert any(
         note.startswith(
             "checkpoint.snapshot.parity=xor: no effect with checkpoint.snapshot.every=0"
         )
         for note in alone
     )
-    racks = protected("none", launch=LaunchConfig(racks=["a"])).notes()
+    racks = notes(protected("none", launch=LaunchConfig(racks=["a"])))
     assert any(note.startswith("launch.racks=['a']: no effect") for note in racks)
-    waits = protected(
-        "none",
-        parallel=ParallelConfig(pp=2, dp_shard=1),
-        pipeline=PipelineConfig(post_validation=True),
-    ).notes()
+    waits = notes(
+        protected(
+            "none",
+            parallel=ParallelConfig(pp=2, dp_shard=1),
+            pipeline=PipelineConfig(post_validation=True),
+        )
+    )
     assert any("checkpoint.snapshot.every=1: with pipeline.post_validation" in n for n in waits)
-    assert not any("checkpoint" in note for note in Config().notes())
+    assert not any("checkpoint" in note for note in notes(Config()))
 
 
 def test_enough_nodes_are_fine() -> None:

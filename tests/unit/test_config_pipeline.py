@@ -5,6 +5,7 @@ import pytest
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.train.config import Config
+from phalanx.train.notes import notes
 from tests.refusals import (
     PIPELINE_MODULES,
     PP2,
@@ -101,7 +102,7 @@ def test_settings_of_a_pipeline_that_is_not_there_are_noted() -> None:
     pipeline = PipelineConfig(
         schedule="auto", memory_limit="8GiB", profile_steps=5, layers_per_stage=[2, 2]
     )
-    assert Config(pipeline=pipeline).notes() == [
+    assert notes(Config(pipeline=pipeline)) == [
         f"pipeline.{setting}: no effect at parallel.pp=1"
         for setting in (
             "schedule=auto",
@@ -110,7 +111,7 @@ def test_settings_of_a_pipeline_that_is_not_there_are_noted() -> None:
             "profile_steps=5",
         )
     ]
-    assert Config(parallel=PP2, pipeline=pipeline).notes() == []
+    assert notes(Config(parallel=PP2, pipeline=pipeline)) == []
 
 
 def test_an_auto_schedule_that_is_never_measured_is_noted() -> None:

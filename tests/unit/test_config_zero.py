@@ -16,6 +16,7 @@ from phalanx.parallel.zero.partition import (
     data_ranks_per_node,
 )
 from phalanx.train.config import Config, Device, LaunchConfig, Launcher, Precision, PrecisionConfig
+from phalanx.train.notes import notes
 from tests.refusals import ZERO_MODULES, Case, check_refusal, of, unreached
 
 INT8, INT4, FP8 = Quantization.int8, Quantization.int4, Quantization.fp8
@@ -160,13 +161,14 @@ def _spread(text: str) -> list[str]:
     return [f"{group}.{item.strip().replace(': ', '=')}" for item in rest.rstrip("}").split(",")]
 
 
-def notes(num_nodes: int | None = 2, dp_shard: int = 4, **settings: object) -> list[str]:
+def noted(num_nodes: int | None = 2, dp_shard: int = 4, **settings: object) -> list[str]:
     zero = ZeroConfig(**settings)  # type: ignore[arg-type]
-    return Config(zero=zero, parallel=ParallelConfig(dp_shard=dp_shard)).notes(num_nodes=num_nodes)
+    config = Config(zero=zero, parallel=ParallelConfig(dp_shard=dp_shard))
+    return notes(config, num_nodes=num_nodes)
 
 
 def test_settings_without_ranks_to_divide_among_are_noted() -> None:
-    found = notes(
+    found = noted(
         dp_shard=1,
         partition=partition(NODE, None, None),
         quantize_weights=INT8,
@@ -178,48 +180,48 @@ def test_settings_without_ranks_to_divide_among_are_noted() -> None:
         "zero.quantize_gradients=int4",
     ]
     assert all("no effect with parallel.dp_shard=1" in note for note in found)
-    assert notes(dp_shard=1, stage=2) == ["zero.stage=2: no effect with one data-parallel rank"]
-    assert notes(quantize_weights=INT8, quantize_gradients=INT4) == []
+    assert noted(dp_shard=1, stage=2) == ["zero.stage=2: no effect with one data-parallel rank"]
+    assert noted(quantize_weights=INT8, quantize_gradients=INT4) == []
 
 
 def test_a_node_that_is_all_nodes_is_noted() -> None:
     inside = partition(NODE, NODE, None)
-    assert notes(partition=inside) == notes(num_nodes=None, partition=inside) == []
-    found = notes(num_nodes=1, partition=inside)
+    assert noted(partition=inside) == noted(num_nodes=None, partition=inside) == []
+    found = noted(num_nodes=1, partition=inside)
     assert [note.partition(":")[0] for note in found] == [
         "zero.partition.params=node",
         "zero.partition.grads=node",
     ]
-    [secondary] = notes(num_nodes=1, secondary_shard=2)
+    [secondary] = noted(num_nodes=1, secondary_shard=2)
     assert secondary.startswith("zero.secondary_shard=2: one node holds all")
-    assert notes(num_nodes=1) == []
+    assert noted(num_nodes=1) == []
 
 
 def test_a_stage_that_says_nothing_is_noted() -> None:
     full = partition(NONE, NODE, ALL)
-    [note] = notes(stage=1, partition=full)
+    [note] = noted(stage=1, partition=full)
     assert note == "zero.stage=1: no effect, zero.partition says everything"
-    assert notes(partition=full) == []
-    assert notes(stage=1, partition=partition(NONE, NODE, None)) == []
+    assert noted(partition=full) == []
+    assert noted(stage=1, partition=partition(NONE, NODE, None)) == []
 
 
 def test_what_quantization_gains_and_costs_is_noted() -> None:
-    [once] = notes(stage=2, quantize_weights=INT8)
+    [once] = noted(stage=2, quantize_weights=INT8)
     assert once.startswith("zero.quantize_weights=int8: weights are gathered once a step only")
-    [memory] = notes(quantize_gradients=INT4, error_feedback=True)
+    [memory] = noted(quantize_gradients=INT4, error_feedback=True)
     assert memory.startswith("zero.error_feedback=true: each rank keeps")
 
 
 def test_offload_on_the_cpu_is_noted() -> None:
     config = Config(zero=ZeroConfig(offload=Offload.cpu), launch=LaunchConfig(device=Device.cpu))
-    assert config.notes() == ["zero.offload=cpu: no effect with launch.device=cpu"]
-    assert replace(config, launch=LaunchConfig(device=Device.cuda)).notes() == []
+    assert notes(config) == ["zero.offload=cpu: no effect with launch.device=cpu"]
+    assert notes(replace(config, launch=LaunchConfig(device=Device.cuda))) == []
 
 
 def test_reductions_in_bf16_are_noted_where_gradients_wait() -> None:
     bf16 = PrecisionConfig(compute=Precision.bf16, reduce=Precision.bf16)
     for stage, count in ((1, 1), (2, 0)):
-        found = Config(zero=ZeroConfig(stage=stage), precision=bf16).notes()
+        found = notes(Config(zero=ZeroConfig(stage=stage), precision=bf16))
         assert [note.partition(":")[0] for note in found] == ["precision.reduce=bf16"] * count
 
 
