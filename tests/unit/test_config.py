@@ -25,6 +25,7 @@ from phalanx.train.config import (
 )
 from phalanx.train.data.config import CorpusConfig, DataConfig, tokenizer_path
 from phalanx.train.model.config import ModelConfig, RopeScalingConfig
+from phalanx.train.notes import notes
 from phalanx.train.optim.config import LrConfig, OptimConfig, OptimizerName
 from tests.refusals import (
     CHECKPOINT_MODULES,
