@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -12,7 +13,8 @@ class Boxes:
     """Chunks of tensors by name; where they lie is remembered as long as their form stays."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[object, Chunk]] = {}
+        self._known: dict[str, tuple[object, torch.Size]] = {}
+        """Form and offsets; no tensor, which would live on here."""
 
     def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
         """This rank's part of every tensor, of those that it holds something of.
@@ -27,11 +29,10 @@ class Boxes:
             form = (cut, local.shape, local.dtype)
             known = self._known.get(name)
             if known is not None and known[0] == form:
-                chunk = known[1]
-                chunks[name] = Chunk(local=local.detach(), size=chunk.size, offsets=chunk.offsets)
+                chunks[name] = Chunk(local=local.detach(), size=tensor.size(), offsets=known[1])
                 continue
             found = chunk_of(name, tensor)
             if found is not None:
-                self._known[name] = (form, found)
+                self._known[name] = (form, found.offsets)
                 chunks[name] = found
         return chunks

@@ -175,7 +175,7 @@ class Finder:
         return self._peers.agree("list checkpoints", look)[0]
 
     def _manifest(self, step: int, folder: str) -> Manifest | str:
-        """A folder's manifest if all its files are there, else why it must not be loaded.
+        """A folder's manifest if all its parts are there, else why it must not be loaded.
 
         Bytes are compared with their checksums when they are loaded.
         """
@@ -197,14 +197,14 @@ class Finder:
             return manifest
 
         def compare() -> str | None:
-            files = sorted(manifest.files.items())
-            for name, file in files[self._peers.rank :: self._peers.size]:
+            # Parity is for repairs: no loading needs it.
+            for part in manifest.parts[self._peers.rank :: self._peers.size]:
                 try:
-                    size = self._storage.size(f"{folder}/{name}")
+                    size = self._storage.size(f"{folder}/{part.file}")
                 except FileNotFoundError:
-                    return f"{name} is missing"
-                if size != file.size:
-                    return f"{name} has {size} bytes instead of {file.size}"
+                    return f"{part.file} is missing"
+                if size != part.size:
+                    return f"{part.file} has {size} bytes instead of {part.size}"
             return None
 
         reasons = self._peers.agree("look at the files", compare)

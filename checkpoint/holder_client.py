@@ -71,6 +71,8 @@ def _answers(job: str, node: int) -> bool:
             client.close()
     except HolderGone:
         return False
+    except HolderError:
+        pass  # of another version, which does not know the request, but it is there
     return True
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from phalanx.checkpoint.holder_memory import map_memory
 from phalanx.checkpoint.holder_socket import same_user, socket_path
 from phalanx.checkpoint.holder_spec import HolderError
-from phalanx.checkpoint.transport import receive, send
+from phalanx.checkpoint.transport import hung_up, receive, send
 
 Self = TypeVar("Self", bound="Line")
 
@@ -44,6 +44,11 @@ class Line:
             sock.close()
             raise
         return cls(sock)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the holder has died, as far as is known here; asks nothing."""
+        return hung_up(self._sock)
 
     def close(self) -> None:
         """Hang up. What this client attached stays mapped as long as somebody has its views."""

@@ -8,6 +8,11 @@ import fcntl
 import mmap
 import os
 
+from phalanx.checkpoint.holder_spec import HolderError
+from phalanx.checkpoint.host_memory import available_bytes
+
+GIB = 2**30
+
 
 class Memory:
     """So many bytes, zeros at first; others map them by the file descriptor that they are sent."""
@@ -64,3 +69,17 @@ def map_memory(fd: int, nbytes: int, *, write: bool, populate: bool) -> memoryvi
         prot=mmap.PROT_READ | (mmap.PROT_WRITE if write else 0),
     )
     return memoryview(mapped)
+
+
+def check_free(nbytes: int, what: str) -> None:
+    """Refuse to take memory that is not there, which would end some process of the machine.
+
+    Raises:
+        HolderError: says how much is needed for `what`, and how much is free.
+    """
+    free = available_bytes()
+    if nbytes > free:
+        raise HolderError(
+            f"{nbytes / GIB:.2f} GiB of host memory are needed for {what}, but {free / GIB:.2f} "
+            "GiB are free"
+        )

@@ -8,6 +8,7 @@ from typing import Any
 
 from phalanx.checkpoint.erasure import Codec
 from phalanx.checkpoint.holder_epoch import HolderEpoch
+from phalanx.checkpoint.holder_memory import check_free
 from phalanx.checkpoint.holder_slots import COMMITTED, Generation, Member, Slot, digest_of
 from phalanx.checkpoint.holder_spec import HolderError, Spec
 from phalanx.checkpoint.transport import (
@@ -45,6 +46,7 @@ def rebuild(
     """
     member = Member(spec, number)
     left = {other: sources[other] for other in member.peers if other in sources}
+    check_free(member.slot_bytes, f"member {number}'s snapshot, to be rebuilt")
     reasons: list[str] = []
     while True:
         if not spec.parity or len(left) < member.stripes.k:

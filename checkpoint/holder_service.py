@@ -10,14 +10,12 @@ from typing import Any
 from phalanx.checkpoint.holder_drain import Drains
 from phalanx.checkpoint.holder_epoch import HolderEpoch
 from phalanx.checkpoint.holder_live import LiveEpoch
+from phalanx.checkpoint.holder_memory import GIB, check_free
 from phalanx.checkpoint.holder_peers import PeerServer
 from phalanx.checkpoint.holder_protect import Protection
 from phalanx.checkpoint.holder_rebuild import rebuild
 from phalanx.checkpoint.holder_spec import HolderError, Spec
-from phalanx.checkpoint.host_memory import available_bytes
 from phalanx.checkpoint.transport import Address
-
-GIB = 2**30
 
 logger = logging.getLogger(__name__)
 
@@ -191,13 +189,11 @@ def _allocate(epoch: LiveEpoch, populate: int) -> None:
         HolderError: there is not so much.
     """
     own = epoch.own
-    needed, free = own.slot_bytes * min(populate, epoch.spec.num_slots), available_bytes()
-    if needed > free:
-        raise HolderError(
-            f"{needed / GIB:.2f} GiB of host memory are needed for {populate} generations of "
-            f"member {own.number}'s snapshots ({own.slot_bytes / GIB:.2f} GiB each, of which "
-            f"{own.stripes.parity_bytes / GIB:.2f} GiB parity), but {free / GIB:.2f} GiB are free"
-        )
+    check_free(
+        own.slot_bytes * min(populate, epoch.spec.num_slots),
+        f"{populate} generations of member {own.number}'s snapshots ({own.slot_bytes / GIB:.2f} "
+        f"GiB each, of which {own.stripes.parity_bytes / GIB:.2f} GiB parity)",
+    )
     try:
         for number in range(epoch.spec.num_slots):
             own.allocate(number, populate=number < populate)

@@ -56,7 +56,7 @@ class CheckpointManager:
             deleted), "checkpoint_failed" (step, reason), "checkpoint_not_deleted" (step, reason),
             "checkpoint_rejected" (step, path, reason), "checkpoint_cast" (step, names),
             "snapshot_opened" (groups, bytes), "snapshot_failed" (step, reason),
-            "snapshot_lost" (reason), "snapshot_rejected" (step, reason).
+            "snapshot_lost" (reason), "snapshot_rejected" (step, reason), "holder_lost" (step).
         racks: failure domain of each node, see launch.racks.
     """
 
@@ -97,6 +97,8 @@ class CheckpointManager:
         self._taking: list[tuple[int, Future[Taken]]] = []
         self._saving: list[tuple[int, Future[Saved]]] = []
         self._opened: list[Epoch] = []
+        self._lost: list[int] = []
+        """Steps at which a holder had died since the snapshot before."""
         self._failed: str | None = None
         """Why the newest checkpoint that was asked for could not be saved."""
         self.monitor = Monitor(config.snapshot)
@@ -284,6 +286,7 @@ class CheckpointManager:
                 self._finder.place = self._place = self._place_of(job)
             self._snapshots = Snapshots(self._place, group=self._copying, device=self._device)
             self._snapshots.on_open = self._opened.append
+            self._snapshots.on_lost = self._lost.append
         return self._snapshots
 
     def _write(self, taking: "Future[Taken]") -> Saved:
@@ -305,6 +308,10 @@ class CheckpointManager:
 
     def _poll(self) -> None:
         """Report what ended in the background."""
+        while self._lost:
+            step = self._lost.pop(0)
+            self._report("holder_lost", step=step)
+            self._say(f"a node's holder has died before the snapshot of step {step}; starting anew")
         while self._opened:
             epoch = self._opened.pop(0)
             groups = [list(group) for group in epoch.groups]

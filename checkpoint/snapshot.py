@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -84,6 +84,8 @@ class Snapshots:
         self._eager: dict[str, Tensor] = {}
         self.on_open: Callable[[Epoch], None] = lambda epoch: None
         """Called in the thread with every epoch that was opened."""
+        self.on_lost: Callable[[int], None] = lambda step: None
+        """Called in the thread with the step before whose snapshot a node's holder was missed."""
 
     def prepare(self, chunks: Mapping[str, Chunk]) -> None:
         """Reserve all memory now, so that what cannot work fails before training begins.
@@ -177,8 +179,8 @@ class Snapshots:
 
     def _run(self, request: _Request) -> Taken:
         try:
-            chunks = request.chunks() | request.eager
-            epoch, slot = self._agree(request.step, chunks)
+            chunks, error = self._found(request)
+            epoch, slot = self._agree(request.step, chunks, error)
             return self._take(request, chunks, epoch, slot)
         except Exception:
             self._broken = True
@@ -186,14 +188,29 @@ class Snapshots:
         finally:
             request.copied.set()
 
-    def _agree(self, step: int, chunks: Mapping[str, Chunk]) -> tuple[Epoch, int]:
+    def _found(self, request: _Request) -> tuple[dict[str, Chunk], Exception | None]:
+        """What is to be copied, or why that is not known."""
+        try:
+            return request.chunks() | request.eager, None
+        except Exception as error:  # told to the other ranks, which would wait for this one
+            return {}, error
+
+    def _agree(
+        self, step: int, chunks: Mapping[str, Chunk], error: Exception | None
+    ) -> tuple[Epoch, int]:
         """The epoch and the slot that every rank uses for this snapshot."""
         epoch = self._epoch
         again = step <= self._last_step  # steps of an epoch only grow
-        stale = again or self._broken or epoch is None or not epoch.fits(chunks)
+        gone = epoch is not None and not self._broken and epoch.client.gone
+        stale = again or gone or self._broken or epoch is None or not epoch.fits(chunks)
         self._last_step = step
         slot = self._free_slot() if self._peers.rank == 0 and not stale else 0
-        anew, slot = self._reduce([stale, slot], dist.ReduceOp.MAX)
+        mine = [stale, gone, slot, error is not None]
+        anew, lost, slot, failed = self._reduce(mine, dist.ReduceOp.MAX)
+        if failed:
+            self._fail(step, error)
+        if lost:
+            self.on_lost(step)
         if anew:
             return self._open(chunks), 0
         assert epoch is not None
@@ -298,8 +315,11 @@ class Snapshots:
         Raises:
             CheckpointError: says which, and why.
         """
-        if not self._reduce([error is not None], dist.ReduceOp.MAX)[0]:
-            return
+        if self._reduce([error is not None], dist.ReduceOp.MAX)[0]:
+            self._fail(step, error)
+
+    def _fail(self, step: int, error: Exception | None) -> NoReturn:
+        """Tell all ranks which failed, and why."""
 
         def raise_mine() -> None:
             if error is not None:

@@ -115,11 +115,21 @@ class LocalStorage:
                 self._limit.take(min(len(rest), WRITE_BYTES))
                 with named(target):
                     count = os.write(descriptor, rest[:WRITE_BYTES])
+                _begin_writing(descriptor, size, count)
                 rest = rest[count:]
                 size += count
                 if on_bytes is not None:
                     on_bytes(count)
         return size
+
+
+def _begin_writing(descriptor: int, begin: int, size: int) -> None:
+    """Let the disk begin with what was written, so that the fsync at the end finds little left.
+
+    Of pages that are dirty or on their way this advice drops none.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)
 
 
 @contextlib.contextmanager

@@ -188,9 +188,9 @@ def hear_greeting(sock: socket.socket, tokens: Mapping[str, str]) -> dict[str, A
 def _tune(sock: socket.socket, *, sends: bool) -> None:
     """Send at once; notice when the other machine is gone without a word.
 
-    The side that listens notices after ten seconds (keep-alives). The side that sends cannot tell
+    The side that listens notices after ten seconds (by keep-alive). The side that sends cannot tell
     that from a peer with reason to wait, and gives it longer; a timeout for what was sent would
-    also be the keep-alives', so that only one of the two is set.
+    also be that of keep-alive, so that only one of the two is set.
     """
     tcp = socket.IPPROTO_TCP
     sock.setsockopt(tcp, socket.TCP_NODELAY, 1)

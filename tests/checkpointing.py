@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from phalanx.checkpoint.config import CheckpointConfig, SnapshotConfig
-from phalanx.checkpoint.holder_client import HolderClient, HolderGone, find_holders
+from phalanx.checkpoint.holder_client import HolderClient, HolderGone
+from phalanx.checkpoint.holder_socket import all_sockets
 from phalanx.checkpoint.job import read_job
 from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.checkpoint.manifest import read_manifest
@@ -68,8 +69,8 @@ def holder_pids(root: Path) -> dict[int, int]:
     """Process of each holder of the run that saves to `root`, by its place on this machine."""
     job = read_job(open_storage(root))
     pids: dict[int, int] = {}
-    for name, node in find_holders():
-        if name == job:
+    for name, node in all_sockets():
+        if name == job:  # of another run, nothing is asked
             with suppress(HolderGone):  # it just ended
                 client = HolderClient.connect(name, node)
                 pids[node] = client.inventory()["pid"]

@@ -148,9 +148,12 @@ def end_all(pids: Iterable[int]) -> None:
 
 def alive(pid: int) -> bool:
     """Whether the process is there, and not only its remains."""
+    process = Path(f"/proc/{pid}")
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+        state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+        # While a thread is left, so are the process's connections.
+        return state != "Z" or len(list((process / "task").iterdir())) > 1
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

@@ -154,11 +154,11 @@ def _digests(inventories: list[dict[str, Any] | None], found: recovery.Found) ->
     ("parts", "parity", "seed", "crashes"),
     [
         ([[900 * KIB], [1500 * KIB, 3], [70 * KIB]], 1, 0, 4),
-        pytest.param([[900 * KIB], [1500 * KIB, 3], [70 * KIB]], 1, 1, 40, marks=pytest.mark.slow),
+        pytest.param([[900 * KIB], [1500 * KIB, 3], [70 * KIB]], 1, 1, 20, marks=pytest.mark.slow),
         pytest.param(
-            [[KIB], [300 * KIB, 9], [0], [2000 * KIB], [7]], 2, 2, 30, marks=pytest.mark.slow
+            [[KIB], [300 * KIB, 9], [0], [2000 * KIB], [7]], 2, 2, 15, marks=pytest.mark.slow
         ),
-        pytest.param([[100], [64], [90], [10]], 2, 3, 30, marks=pytest.mark.slow),
+        pytest.param([[100], [64], [90], [10]], 2, 3, 15, marks=pytest.mark.slow),
     ],
 )
 def test_nothing_committed_is_lost(

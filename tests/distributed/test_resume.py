@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from phalanx.checkpoint.config import CheckpointConfig
+from phalanx.checkpoint.config import CheckpointConfig, SnapshotConfig
+from phalanx.checkpoint.folders import folder_name
 from phalanx.launch.failure import RankFailed
 from phalanx.launch.start import launch
 from phalanx.parallel.config import ParallelConfig
@@ -27,6 +28,7 @@ from phalanx.train.config import (
 from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.optim.config import LrConfig, OptimConfig
+from tests.checkpointing import LINGER_S, kill_holders
 
 STEPS = 28
 """A run resumed from its checkpoint of step 6 still has more than 20 to compare."""
@@ -56,7 +58,12 @@ def config_for(data: DataConfig, run_dir: Path, layout: dict[str, int], **change
             steps=STEPS, seq_len=32, global_batch_size=16, microbatch_size=2, eval_batches=1
         ),
         optim=OptimConfig(lr=LrConfig(warmup_steps=4, peak=3e-3)),
-        checkpoint=CheckpointConfig(dir=str(run_dir / "checkpoints"), every=6, keep=2),
+        checkpoint=CheckpointConfig(
+            dir=str(run_dir / "checkpoints"),
+            every=6,
+            keep=2,
+            snapshot=SnapshotConfig(linger_s=LINGER_S),
+        ),
         launch=LaunchConfig(device=Device.cpu, threads_per_rank=1, timeout_s=60),
         monitor=MonitorConfig(tensorboard=False, progress=False),
     )
@@ -72,7 +79,9 @@ def train_rank(ranks: Ranks, config: Config, kill_at: int | None = None) -> dict
 
         def step(self: Any, number: int, *args: Any) -> Any:
             if number == kill_at:
-                self.checkpoints.wait()
+                saved = folder_name(kill_at // 6 * 6)
+                while not (Path(config.checkpoint.dir) / saved / "manifest.json").exists():
+                    time.sleep(0.002)
                 os.kill(os.getpid(), signal.SIGKILL)
             return step_as_before(self, number, *args)
 
@@ -99,9 +108,11 @@ def test_resumes_twice_bit_for_bit(
     whole = config_for(demo_data, tmp_path / "whole", layout)
     train(whole)
     broken = config_for(demo_data, tmp_path / "broken", layout)
-    for kill_at in (9, 16):
+    for kill_at, source in ((9, "storage"), (16, "memory")):
         with pytest.raises(RankFailed, match="SIGKILL"):
             train(broken, kill_at=kill_at)
+        if source == "storage":
+            kill_holders(Path(broken.checkpoint.dir))
     assert train(broken)["steps"] == STEPS
     assert metrics(broken) == metrics(whole)
     assert [step for step, _, _ in metrics(whole)] == list(range(STEPS))
@@ -188,8 +199,8 @@ def train_killed_after_save(ranks: Ranks, config: Config) -> None:
 
     save = trainer.Trainer._save
 
-    def save_and_die(self: Any, done: int) -> None:
-        save(self, done)
+    def save_and_die(self: Any, done: int, **kwargs: Any) -> None:
+        save(self, done, **kwargs)
         self.checkpoints.wait()
         if ranks.rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -251,7 +251,7 @@ def outlive_a_holder(
             manager.before_update()
             for tensor in tensors.values():
                 tensor.zero_()
-            if step == 3 and step in durable:
+            if step == 3 and step in durable and how != "between snapshots":
                 with pytest.raises(CheckpointError, match="step 3 could not be saved.*holder"):
                     manager.wait()
             else:
@@ -280,12 +280,10 @@ def before(owner: Any, name: str, do: Callable[[], None]) -> None:
 def test_training_outlives_a_holder(run_ranks: Run, root: Path, how: str) -> None:
     events, *_ = run_ranks(outlive_a_holder, root, 1, how, (2, 3, 4), world_size=3, nodes=3)
     told = [(name, facts["step"]) for name, facts in events if "step" in facts]
-    assert told == [
-        ("checkpoint_saved", 2),
-        ("snapshot_failed", 3),
-        ("checkpoint_failed", 3),
-        ("checkpoint_saved", 4),
-    ]
+    failed = [("snapshot_failed", 3), ("checkpoint_failed", 3)]
+    if how == "between snapshots":  # it is missed in time
+        failed = [("holder_lost", 3), ("checkpoint_saved", 3)]
+    assert told == [("checkpoint_saved", 2), *failed, ("checkpoint_saved", 4)]
     assert [name for name, _ in events].count("snapshot_opened") == 2
     assert all("holder" in facts["reason"] for name, facts in events if "failed" in name)
     assert not holder_pids(root)
@@ -326,7 +324,7 @@ def test_training_outlives_a_holder_that_writes(run_ranks: Run, root: Path) -> N
     assert told[-1] == (7, "checkpoint_saved")
     assert {name for name, _ in events} == {
         "snapshot_opened",
-        "snapshot_failed",
+        "holder_lost",
         "checkpoint_failed",
         "checkpoint_saved",
     }

@@ -178,10 +178,35 @@ def test_under_torchrun(make_run: MakeRun, who: str) -> None:
         broken.kill(who)
     else:
         broken.ranks()[-1].kill()
-        assert "killed by SIGKILL" in broken.wait()
+        broken.wait()
         assert broken.process.returncode == 1
     logged = len(broken.metrics())
     check_resumed(broken.finish(), logged)
+    assert broken.metrics() == whole.metrics()
+
+
+@pytest.mark.slow
+def test_nodes_that_are_lost_with_their_ranks(make_run: MakeRun) -> None:
+    """One of four nodes comes back from parity, two send the run back to its checkpoint."""
+    layout = ["parallel.dp_shard=4", "launch.nodes=4", "launch.ranks_per_node=1"]
+    layout += ["launch.emulate_nodes=true", "checkpoint.snapshot.parity=xor", "checkpoint.every=8"]
+    whole, broken = make_run("whole", *layout), make_run("broken", *layout)
+    whole.finish("checkpoint.snapshot.every=0", "checkpoint.every=0")
+    broken.start()
+    broken.wait_for_lines(5)
+    broken.kill("everything")
+    end_all([broken.holders()[2]])
+    logged = len(broken.metrics())
+    broken.start()
+    broken.wait_for_lines(21)
+    check_resumed(broken.kill("everything"), logged)
+    assert not broken.events("snapshot_lost")
+    saved = broken.events("checkpoint_saved")[-1]["step"]
+    end_all([broken.holders()[1], broken.holders()[3]])
+    text = broken.finish()
+    assert going_on_from(text) == ("checkpoint", saved)
+    assert "2 are lost (nodes 1, 3), and its parity makes up for 1" in text
+    assert broken.events("snapshot_lost")
     assert broken.metrics() == whole.metrics()
 
 
