@@ -124,15 +124,14 @@ def open_epoch(chunks: Mapping[str, Chunk], *, place: Place, peers: Peers, copie
         node.racks, parity=place.num_parity, group_size=place.config.snapshot.group_size
     )
 
+    held: list[int] = []
+
     def start() -> tuple[str, str, Any]:
         address = None
         if node.leader:
             needed = sum(tables[rank].nbytes for rank in node.ranks_of(node.number))
-            check_host_memory(needed, place=place, group=_group_of(groups, node.number))
-            client = place.start_holder()
-            if place.num_parity:
-                address = client.listen(node.host)
-            client.close()
+            group = next(group for group in groups if node.number in group)
+            address = _start(needed, place=place, num_nodes=len(group), held=held)
         return secrets.token_hex(8), secrets.token_hex(32), address
 
     answers = peers.agree("start the snapshots' holders", start)
@@ -144,8 +143,8 @@ def open_epoch(chunks: Mapping[str, Chunk], *, place: Place, peers: Peers, copie
         "slots": place.slots,
         "groups": [list(group) for group in groups],
         "nodes": [
-            {"address": answers[node.ranks_of(number)[0]][2], "ranks": node.ranks_of(number)}
-            for number in range(node.count)
+            {"address": answers[ranks[0]][2], "ranks": ranks}
+            for ranks in map(node.ranks_of, range(node.count))
         ],
         "parts": [table.to_json() for table in tables],
     }
@@ -153,7 +152,8 @@ def open_epoch(chunks: Mapping[str, Chunk], *, place: Place, peers: Peers, copie
     def open_here() -> None:
         if node.leader:
             client = place.connect()
-            client.open(spec, member=node.number, populate=place.populated)
+            # What was held before goes with the first commit; the second generation comes then.
+            client.open(spec, member=node.number, populate=1 if held[0] else place.populated)
             client.close()
 
     peers.agree("reserve memory for snapshots", open_here)
@@ -175,6 +175,17 @@ def open_epoch(chunks: Mapping[str, Chunk], *, place: Place, peers: Peers, copie
     )
 
 
+def _start(nbytes: int, *, place: Place, num_nodes: int, held: list[int]) -> Any:
+    """Start this node's holder; its address where it has to do with others. Adds to `held` the
+    bytes that it has from an earlier start."""
+    client = place.start_holder()
+    held.append(sum(epoch["bytes"] for epoch in client.inventory()["epochs"]))
+    check_host_memory(nbytes, place=place, num_nodes=num_nodes, held=held[0])
+    address = client.listen(place.node.host) if place.num_parity else None
+    client.close()
+    return address
+
+
 def _attach(
     attached: list[tuple[HolderClient, list[memoryview]]],
     *,
@@ -189,10 +200,6 @@ def _attach(
     for view in memory:
         copier.pin(view)
     attached.append((client, memory))
-
-
-def _group_of(groups: list[tuple[int, ...]], member: int) -> tuple[int, ...]:
-    return next(group for group in groups if member in group)
 
 
 def storage_settings(config: CheckpointConfig) -> dict[str, Any]:

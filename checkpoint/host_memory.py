@@ -12,29 +12,29 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-def check_host_memory(nbytes: int, *, place: "Place", group: tuple[int, ...]) -> None:
+def check_host_memory(nbytes: int, *, place: "Place", num_nodes: int, held: int) -> None:
     """Compare what this machine's snapshots will take with what is free.
 
     Args:
         nbytes: of one copy of the node's state.
-        group: the nodes that it is protected with.
+        num_nodes: of the group that it is protected in.
+        held: bytes of snapshots of an earlier start, given up when the first new one stands.
 
     Raises:
         ValueError: it is too little; says how much is needed.
     """
     node, snapshot = place.node, place.config.snapshot
-    data_nodes = len(group) - place.num_parity
-    factor = len(group) / data_nodes
+    factor = num_nodes / (num_nodes - place.num_parity)
     same_machine = node.same_machine
     needed = int(nbytes * factor * place.slots) * same_machine
-    free = available_bytes()
+    free = available_bytes() + held * same_machine
     if needed <= free:
         return
     nodes = f" for {same_machine} nodes on this machine" if same_machine > 1 else ""
     setting = (
         f"checkpoint.snapshot.every={snapshot.every}, parity={snapshot.parity}"
         if snapshot.every
-        else f"checkpoint.every={place.config.every}"
+        else f"checkpoint.every={place.config.every}, save_last={str(place.config.save_last).lower()}"
     )
     raise ValueError(
         f"{setting}: {needed / GIB:.2f} GiB of host memory are needed{nodes} "

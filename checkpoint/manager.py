@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from phalanx.checkpoint.snapshot import Snapshots, Taken
 from phalanx.checkpoint.storage import open_storage
 from phalanx.parallel.ranks import Ranks
 
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for others that copy, or write to slow storage; a dead one is noticed."""
 EventSink = Callable[[str, dict[str, Any]], None]
 Wanted = Callable[[int, set[str], dict[str, Any]], Mapping[str, Tensor]]
 """`wanted(step, names, meta)`: what to fill of a state that holds `names`."""
@@ -72,14 +75,14 @@ class CheckpointManager:
         self._config = config
         self._on_event = on_event
         self._storage = open_storage(config.dir, config.storage)
-        self._peers = Peers(dist.new_group(backend="gloo"))
+        self._peers = Peers(dist.new_group(backend="gloo", timeout=PATIENCE))
         self._node = find_node(
             self._peers,
             ranks_per_node=ranks.ranks_per_node,
             racks=racks,
             store_host=_store_host(),
         )
-        copying = dist.new_group(backend="gloo")
+        copying = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._leaders = _leaders(self._node)
         self._log_dir = log_dir
         self._device = ranks.device
@@ -373,7 +376,7 @@ def _leaders(node: Node) -> Peers | None:
     """The first ranks of all nodes, for such a rank; collective."""
     leaders = [node.ranks_of(number)[0] for number in range(node.count)]
     others = [rank for rank in range(node.count * node.ranks_per_node) if rank not in leaders]
-    group = dist.new_group(leaders, backend="gloo")
+    group = dist.new_group(leaders, backend="gloo", timeout=PATIENCE)
     if others:
         # torch names a group that its ranks make among themselves (pipeline channels) by how many
         # they made before, so every rank has to make as many.

@@ -11,7 +11,7 @@ import torch
 from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.checkpoint.peers import CheckpointError
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import Events, Run, holder_pids, manager_of
+from tests.checkpointing import Events, Run, holder_pids, kill_holders, manager_of
 
 
 def failed_save(manager: CheckpointManager, step: int, tensors: dict[str, torch.Tensor]) -> str:
@@ -98,6 +98,21 @@ def test_unwritable_folder(run_ranks: Run, tmp_path: Path) -> None:
     for text in run_ranks(save_where_nothing_can_be, tmp_path / "file" / "c", world_size=2):
         assert "rank 0: NotADirectoryError" in text
         assert str(tmp_path / "file") in text
+
+
+def prepare_too_much(ranks: Ranks, root: Path) -> str:
+    """400 GB a rank, of which no byte is ever taken."""
+    with process_group(ranks), pytest.raises(CheckpointError) as caught:
+        manager_of(ranks, root).prepare({f"x{ranks.rank}": torch.zeros(1).expand(10**11)})
+    kill_holders(root)
+    return str(caught.value)
+
+
+def test_too_little_host_memory_is_told_before_training(run_ranks: Run, tmp_path: Path) -> None:
+    for text in run_ranks(prepare_too_much, tmp_path, world_size=2, nodes=2):
+        assert "checkpoint.every=0, save_last=true: 1490.12 GiB of host memory are needed" in text
+        assert "for 2 nodes on this machine (2 generations of 372.53 GiB)" in text
+        assert "GiB are free" in text
 
 
 def save_on_a_disk_of_its_own(ranks: Ranks, root: Path, async_save: bool) -> tuple[str, Events]:

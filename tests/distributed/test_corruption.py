@@ -85,7 +85,7 @@ class Files:
         for path in self.good.iterdir():
             os.link(path, self.copy / path.name)
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes | bytearray) -> None:
         """Replace a file of the copy alone."""
         (self.copy / name).unlink()
         (self.copy / name).write_bytes(content)
