@@ -23,7 +23,7 @@ def check_host_memory(nbytes: int, *, place: "Place", num_nodes: int, held: int)
     Raises:
         ValueError: it is too little; says how much is needed.
     """
-    node, snapshot = place.node, place.config.snapshot
+    node, config, snapshot = place.node, place.config, place.config.snapshot
     factor = num_nodes / (num_nodes - place.num_parity)
     same_machine = node.same_machine
     needed = int(nbytes * factor * place.slots) * same_machine
@@ -34,7 +34,7 @@ def check_host_memory(nbytes: int, *, place: "Place", num_nodes: int, held: int)
     setting = (
         f"checkpoint.snapshot.every={snapshot.every}, parity={snapshot.parity}"
         if snapshot.every
-        else f"checkpoint.every={place.config.every}, save_last={str(place.config.save_last).lower()}"
+        else f"checkpoint.every={config.every}, save_last={str(config.save_last).lower()}"
     )
     raise ValueError(
         f"{setting}: {needed / GIB:.2f} GiB of host memory are needed{nodes} "
