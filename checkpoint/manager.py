@@ -213,7 +213,7 @@ class CheckpointManager:
             self._writer.shutdown(wait=finished, cancel_futures=not finished)
             if self._snapshots is not None and finished:
                 self._snapshots.close()
-        if finished and self._snapshots is not None:
+        if finished and self._place is not None:
             self._peers.gather(None)  # nobody needs a holder any more
             self._finish_holder()
             self._snapshots = None

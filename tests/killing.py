@@ -169,7 +169,8 @@ def snapshot_bytes(pid: int) -> dict[str, int]:
     """Bytes of host memory behind each piece of snapshots' memory that a process owns, by name."""
     found: dict[str, int] = {}
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        match = re.match(r"/memfd:(phalanx-\S+)", os.readlink(link))
-        if match:
-            found[match[1]] = link.stat().st_blocks * 512
+        with suppress(FileNotFoundError):  # a connection that just ended
+            match = re.match(r"/memfd:(phalanx-\S+)", os.readlink(link))
+            if match:
+                found[match[1]] = link.stat().st_blocks * 512
     return found

@@ -215,7 +215,14 @@ def measure(ranks: Ranks, root: Path, parity: int) -> tuple[int, list[dict[str, 
         return nbytes, held
 
 
-@pytest.mark.parametrize(("k", "m"), [(2, 1), (4, 2), (6, 2)])
+@pytest.mark.parametrize(
+    ("k", "m"),
+    [
+        (2, 1),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+        pytest.param(6, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_host_memory(run_ranks: Run, root: Path, k: int, m: int) -> None:
     nbytes, held = run_ranks(measure, root, m, world_size=k + m, nodes=k + m)[0]
     assert nbytes == (k + m) * 2_000_000
@@ -369,8 +376,8 @@ def flip(pid: int, name: str) -> None:
     [
         (["rank1-slot1"], (), 2),
         (["rank0-slot1", "rank2-slot1"], (), 1),
-        (["parity1-slot1"], (0,), 1),
-        (["rank2-slot1"], (0,), 1),
+        pytest.param(["parity1-slot1"], (0,), 1, marks=pytest.mark.slow),
+        pytest.param(["rank2-slot1"], (0,), 1, marks=pytest.mark.slow),
     ],
     ids=["one is rebuilt", "two", "parity that is needed", "one more than is lost"],
 )

@@ -66,7 +66,7 @@ def check_kills(make_run: MakeRun, kills: list[tuple[str, int]], *layout: str) -
     assert [step for step, _, _ in whole.metrics()] == list(range(STEPS))
 
 
-ONE_OF_EACH = [("one rank", 5), ("all ranks", 14), ("launcher", 22), ("everything", 31)]
+ONE_OF_EACH = [("one rank", 5), ("all ranks", 14), ("launcher", 22)]
 
 
 def test_whoever_is_killed(make_run: MakeRun) -> None:
@@ -98,16 +98,16 @@ def test_whoever_is_killed_in_other_layouts(make_run: MakeRun, layout: str) -> N
     check_kills(make_run, IN_ANOTHER_ORDER, *layout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         ("parallel.dp_shard=4", "parallel.dp_shard=1 parallel.tp=2"),
-        pytest.param("parallel.dp_shard=2", "parallel.pp=2", marks=pytest.mark.slow),
-        pytest.param(BY_NODE, "parallel.tp=2 parallel.dp_shard=2", marks=pytest.mark.slow),
-        pytest.param(
+        ("parallel.dp_shard=2", "parallel.pp=2"),
+        (BY_NODE, "parallel.tp=2 parallel.dp_shard=2"),
+        (
             "parallel.tp=2 optim.name=adamw8bit",
             "parallel.dp_shard=2 zero.stage=1 optim.name=adamw8bit",
-            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -223,13 +223,13 @@ def test_without_a_holder_and_without_a_checkpoint_it_begins_anew(make_run: Make
 
 @pytest.mark.slow
 def test_holders_end_with_the_run_and_when_nobody_comes_back(make_run: MakeRun) -> None:
-    run = make_run("run", "parallel.dp_shard=2", "checkpoint.snapshot.linger_s=1")
+    run = make_run("run", "parallel.dp_shard=2", "checkpoint.snapshot.linger_s=6")
     run.start()
     run.wait_for_lines(3)
     [pid] = run.holders().values()
     run.kill("everything")
     assert alive(pid)
-    wait_until(lambda: not alive(pid), within_s=5)
+    wait_until(lambda: not alive(pid), within_s=20)
     assert "going on" not in run.finish("training.steps=4")
     assert not run.holders()
     assert [step for step, _, _ in run.metrics()] == list(range(4))
