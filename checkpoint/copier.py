@@ -21,21 +21,30 @@ class Copier:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pinned: list[Tensor] = []
+        self._pinned: dict[int, Tensor] = {}
+        """By address."""
 
-    def pin(self, memory: memoryview) -> None:
-        """Let the GPU copy to `memory` by itself; without a GPU nothing is needed."""
-        if self._stream is None or not len(memory):
-            return
+    def enter(self) -> None:
+        """Use the rank's GPU in this thread: a new thread would begin with the machine's first."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)
+
+    def _pin(self, memory: memoryview) -> None:
+        """Let the GPU copy to `memory` by itself, from its first use on: it takes all its pages,
+        which the memory of an earlier start may hold until then."""
         whole = torch.frombuffer(memory, dtype=torch.uint8)
+        if whole.data_ptr() in self._pinned:
+            return
         code = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0)
         if int(code) != 0:
             raise RuntimeError(f"cudaHostRegister of {whole.numel()} bytes failed: {code}")
-        self._pinned.append(whole)
+        self._pinned[whole.data_ptr()] = whole
 
     def unpin(self) -> None:
-        """Undo every `pin`."""
-        for whole in self._pinned:
+        """Let go of all memory that was copied to."""
+        if self._stream is not None:
+            self._stream.synchronize()  # a copy that failed half-way may still write
+        for whole in self._pinned.values():
             torch.cuda.cudart().cudaHostUnregister(whole.data_ptr())
         self._pinned.clear()
 
@@ -69,11 +78,13 @@ class Copier:
             on_issued(None)
             return
         assert ready is not None
+        if len(memory):
+            self._pin(memory)
         events: list[tuple[int, torch.cuda.Event]] = []
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             for done in _issue(sources, memory):
-                event = torch.cuda.Event()
+                event = torch.cuda.Event(blocking=True)  # whoever waits leaves the core to others
                 event.record(self._stream)
                 events.append((done, event))
             last = torch.cuda.Event()

@@ -3,16 +3,21 @@
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from phalanx.checkpoint.format import Box
+from phalanx.checkpoint.format import Box, PartTable
 from phalanx.checkpoint.manifest import Manifest
 
 
 def uncovered(manifest: Manifest) -> str | None:
     """Why some tensor is not covered exactly once by the boxes of all parts; None when all are."""
+    return uncovered_by(part.table for part in manifest.parts)
+
+
+def uncovered_by(tables: Iterable[PartTable]) -> str | None:
+    """As `uncovered`, of parts that stand nowhere yet."""
     shapes: dict[str, tuple[int, ...]] = {}
     boxes: dict[str, list[Box]] = {}
-    for part in manifest.parts:
-        for entry in part.table.entries:
+    for table in tables:
+        for entry in table.entries:
             shapes[entry.name] = entry.info.shape
             if entry.box.numel:
                 boxes.setdefault(entry.name, []).append(entry.box)

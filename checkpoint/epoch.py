@@ -197,8 +197,6 @@ def _attach(
     client = place.connect()
     memory = client.attach(epoch, rank)
     copier.unpin()
-    for view in memory:
-        copier.pin(view)
     attached.append((client, memory))
 
 

@@ -128,6 +128,8 @@ class Finder:
                         file=sys.stderr,
                     )
             self.moved = load(source, wanted, peers=self._peers)
+            if isinstance(source, MemorySource):
+                source.check_unchanged(self._peers)
         finally:
             if isinstance(source, MemorySource):
                 source.close()

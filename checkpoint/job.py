@@ -1,7 +1,8 @@
 """The name under which the holders of a run are found again: drawn once, kept with its checkpoints.
 
 A run that is begun anew in an emptied folder has another name, so that it never takes the memory of
-the old one for its own. Torch-free.
+the old one for its own; and so has one in a copy of a run's folder, whose original may be going on.
+Torch-free.
 """
 
 import json
@@ -14,7 +15,7 @@ NAME = "job.json"
 
 
 def read_job(storage: Storage) -> str | None:
-    """The run's name; None where it never saved anything.
+    """The run's name; None where it never saved anything, or nothing in this place.
 
     Raises:
         ValueError: the file is damaged.
@@ -24,15 +25,16 @@ def read_job(storage: Storage) -> str | None:
     except FileNotFoundError:
         return None
     try:
-        job = json.loads(text)["job"]
-    except (ValueError, KeyError, TypeError):
-        job = None
+        body = json.loads(text)
+        job, place = body["job"], body.get("place", _place(storage))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        job = place = None
     if not isinstance(job, str) or not re.fullmatch(r"[0-9a-f]{16}", job):
         raise ValueError(
             f"{storage.url}/{NAME}: is damaged; remove it (snapshots in memory, if there are any, "
             "are then not found again; checkpoints are)"
         )
-    return job
+    return job if place == _place(storage) else None
 
 
 def job_name(storage: Storage) -> str:
@@ -40,5 +42,11 @@ def job_name(storage: Storage) -> str:
     job = read_job(storage)
     if job is None:
         job = secrets.token_hex(8)
-        storage.write(NAME, [json.dumps({"job": job}).encode() + b"\n"])
+        body = {"job": job, "place": _place(storage)}
+        storage.write(NAME, [json.dumps(body).encode() + b"\n"])
     return job
+
+
+def _place(storage: Storage) -> str:
+    """Where the name was drawn: in a folder that was copied or moved it does not count."""
+    return str(storage.local.resolve()) if storage.local is not None else storage.url

@@ -46,6 +46,24 @@ class MemorySource:
         entry = self._tables[part].entries[index]
         out[:] = self._memory[part][entry.begin : entry.begin + entry.nbytes]
 
+    def check_unchanged(self, peers: Peers) -> None:
+        """Prove that nothing was written while it was checked and read; collective.
+
+        Ranks of the start before may still be alive (torchrun leaves them behind when it is
+        killed) and go on with newer steps in the same memory.
+
+        Raises:
+            CheckpointError: a holder has begun to overwrite it, or is gone.
+        """
+        inventories = _inventories(self._place, peers)
+
+        def look() -> None:
+            where = recovery.again(inventories, self._found).where
+            if where != self._found.where:
+                raise ValueError(f"step {self._found.step} was overwritten while it was read")
+
+        peers.agree("look whether the snapshot is unchanged", look)
+
     def close(self) -> None:
         """Let go of the memory."""
         self._memory.clear()
@@ -60,23 +78,54 @@ def find(
 
     Nothing is read yet: see `recover`; and `recovery.newest` for the arguments.
     """
-    return recovery.newest(_inventories(place, peers), without=without, durable=durable)
+    found, reasons = recovery.newest(_inventories(place, peers), without=without, durable=durable)
+    if found is not None:
+        found = replace(found, spec=found.spec | {"parts": _parts(found, place=place, peers=peers)})
+    return found, reasons
+
+
+def _parts(found: Found, *, place: Place, peers: Peers) -> list[Any]:
+    """The tables of all ranks that took the snapshot, from one of the holders that have them."""
+    first = min(node for node, _ in found.where.values())
+
+    def ask() -> list[Any]:
+        if not place.node.leader or place.node.number != first:
+            return []
+        inventory = _inventory(place)
+        if inventory is None:
+            raise HolderGone("the holder has died")
+        epochs = {item["epoch"]: item["spec"] for item in inventory["epochs"]}
+        if found.epoch not in epochs:
+            raise HolderGone(f"the holder has let go of epoch {found.epoch}")
+        return list(epochs[found.epoch]["parts"])
+
+    answers = peers.agree("read the snapshot's tables", ask)
+    return answers[place.node.ranks_of(first)[0]]
+
+
+def _inventory(place: Place) -> dict[str, Any] | None:
+    """What this node's holder has; None where there is none, or it is just ending."""
+    try:
+        client = place.connect()
+        try:
+            return client.inventory()
+        finally:
+            client.close()
+    except HolderGone:
+        return None
 
 
 def _inventories(place: Place, peers: Peers) -> list[dict[str, Any] | None]:
-    """What each node's holder has, by node; None where there is no holder."""
+    """What each node's holder has, by node; None where there is no holder.
+
+    Without the parts' tables: of n nodes, each would tell all others those of all n.
+    """
 
     def ask() -> dict[str, Any] | None:
-        if not place.node.leader:
-            return None
-        try:
-            client = place.connect()
-            try:
-                return client.inventory()
-            finally:
-                client.close()
-        except HolderGone:  # there is none, or it is just ending
-            return None
+        inventory = _inventory(place) if place.node.leader else None
+        for item in inventory["epochs"] if inventory else ():
+            item["spec"] = {key: of for key, of in item["spec"].items() if key != "parts"}
+        return inventory
 
     answers = peers.agree("ask the holders", ask)
     return [answers[place.node.ranks_of(n)[0]] for n in range(place.node.count)]

@@ -27,7 +27,8 @@ class Node:
     host: str
     """Address under which other nodes reach this one."""
     racks: tuple[str, ...]
-    """Label of every node's failure domain; "" = shared with nobody."""
+    """Label of every node's failure domain; "" = shared with nobody. Nodes without one that share a
+    machine have the machine's name."""
 
     def ranks_of(self, number: int) -> list[int]:
         """Ranks of a node."""
@@ -44,8 +45,15 @@ def find_node(
         store_host: where the ranks met.
 
     Raises:
-        ValueError: ranks do not divide into such nodes, or racks are not as many as nodes.
+        ValueError: ranks do not divide into such nodes, or racks are not as many as nodes; on every
+            rank where nodes differ in size.
     """
+    sizes = sorted(set(peers.gather(ranks_per_node)))
+    if len(sizes) > 1:  # each rank knows its own node's
+        raise ValueError(
+            f"nodes have {' and '.join(map(str, sizes))} ranks: all of a job must have as many; "
+            "give every node the same launch.ranks_per_node (torchrun: --nproc-per-node)"
+        )
     if peers.size % ranks_per_node:
         raise ValueError(f"{peers.size} ranks do not divide into nodes of {ranks_per_node} ranks")
     count = peers.size // ranks_per_node
@@ -66,6 +74,8 @@ def find_node(
         if _is_loopback(host):  # rank 0's own name for itself: take the road to another machine
             others = (other for _, _, other in by_node if not _is_loopback(other))
             host = _host(next(others, None))
+    # Nodes that share a machine fall with it; where all do (emulated ones), that says nothing.
+    shared = {machine for machine in machines if 1 < machines.count(machine) < count}
     return Node(
         number=number,
         count=count,
@@ -74,7 +84,9 @@ def find_node(
         on_machine=machines[:number].count(machines[number]),
         same_machine=machines.count(machines[number]),
         host=host,
-        racks=tuple(label for _, label, _ in by_node),
+        racks=tuple(
+            label or (str(machine[0]) if machine in shared else "") for machine, label, _ in by_node
+        ),
     )
 
 

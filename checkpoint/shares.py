@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from phalanx.checkpoint.chunks import Chunk
+from phalanx.checkpoint.coverage import uncovered_by
 from phalanx.checkpoint.format import ITEM_BYTES, Box, PartTable, TensorInfo, lay_out
 from phalanx.checkpoint.peers import Peers
 from phalanx.checkpoint.torch_types import name_of
@@ -32,9 +33,15 @@ def share(chunks: Mapping[str, Chunk], *, peers: Peers) -> list[PartTable]:
     """The part of every rank, by rank; collective, the same answer on each.
 
     Raises:
-        ValueError: ranks hold tensors of one name that differ in shape or type.
+        CheckpointError: on every rank, where one holds what cannot be saved.
+        ValueError: ranks hold tensors of one name that differ in shape or type, or together not all
+            of one, or some of it twice: what would be saved could not be loaded.
     """
-    return assign(peers.gather(held_boxes(chunks)))
+    tables = assign(peers.agree("look at what is to be saved", lambda: held_boxes(chunks)))
+    reason = uncovered_by(tables)
+    if reason is not None:
+        raise ValueError(f"what the ranks hold cannot be saved: {reason}")
+    return tables
 
 
 def assign(held: Sequence[Held]) -> list[PartTable]:

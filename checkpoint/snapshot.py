@@ -70,7 +70,9 @@ class Snapshots:
         self._peers = Peers(group)
         self._device = device
         self._copier = Copier(device)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="snapshot", initializer=self._copier.enter
+        )
         self._epoch: Epoch | None = None
         self._broken = False
         self._last_step = -1

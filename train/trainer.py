@@ -334,11 +334,19 @@ class Trainer:
                 check_continues(meta, self.config)
             tensors = self.engine.state_tensors()
             if not any(name.startswith("optim.") for name in names):
+                if given:  # a loading that failed has left numbers in the optimizer's states
+                    raise ValueError(
+                        f"checkpoint.dir={self.config.checkpoint.dir}: of step {step} there are "
+                        "weights alone, and all that is newer is broken; see `phalanx checkpoint "
+                        "verify --repair`, or begin anew from the weights in another run.dir"
+                    )
                 tensors = {n: t for n, t in tensors.items() if n.startswith("model.")}
             rng = random_states(self.ranks.rank, self.ranks.device)
             given["rng"] = {n: t for n, t in rng.items() if n in names}
             residuals = self.engine.rank_tensors()
             given["owed"] = {n: t for n, t in residuals.items() if n in names}
+            for residual in residuals.values():
+                residual.zero_()  # not what a loading that failed has left
             return tensors | given["rng"] | given["owed"]
 
         resumed = self.checkpoints.resume(wanted)

@@ -1,0 +1,127 @@
+"""Where a run's snapshots belong: to its folder, to its nodes, to its GPU."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from phalanx.checkpoint import nodes
+from phalanx.checkpoint.chunks import Chunk
+from phalanx.checkpoint.copier import Copier
+from phalanx.checkpoint.job import job_name, read_job
+from phalanx.checkpoint.memory_source import find
+from phalanx.checkpoint.peers import CheckpointError, Peers
+from phalanx.checkpoint.shares import share
+from phalanx.checkpoint.storage import open_storage
+
+
+class Told(Peers):
+    """Peers of which the other ranks' words are known beforehand."""
+
+    def __init__(self, *answers: list[Any], rank: int = 0) -> None:
+        super().__init__(None)
+        self.rank, self.size = rank, len(answers[0])
+        self._answers = list(answers)
+
+    def gather(self, value: Any) -> list[Any]:
+        return self._answers.pop(0)
+
+
+# --- the run's name -------------------------------------------------------------------------------
+
+
+def test_a_copy_of_a_runs_folder_does_not_find_the_originals_memory(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    job = job_name(open_storage(first))
+    shutil.copytree(first, second)
+    assert read_job(open_storage(second)) is None
+    assert job_name(open_storage(second)) != job
+    assert read_job(open_storage(second)) not in (None, job)
+    assert read_job(open_storage(first)) == job_name(open_storage(first)) == job
+
+
+def test_a_name_without_a_place_counts_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    (tmp_path / "job.json").write_text(json.dumps({"job": "0123456789abcdef"}))
+    assert read_job(storage) == "0123456789abcdef"
+    (tmp_path / "job.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"job\.json: is damaged"):
+        read_job(storage)
+
+
+# --- nodes ----------------------------------------------------------------------------------------
+
+
+def test_nodes_of_different_size_are_refused_on_every_rank() -> None:
+    for mine in (2, 4):
+        with pytest.raises(ValueError, match=r"nodes have 2 and 3 and 4 ranks: all of a job"):
+            nodes.find_node(
+                Told([2, 2, 3, 3, 3, 4, 4, 4, 4]), ranks_per_node=mine, racks=(), store_host=None
+            )
+
+
+def test_nodes_that_share_a_machine_are_one_failure_domain() -> None:
+    a, b = ("a", "", 1), ("b", "", 2)
+    said = [(a, "", "10.0.0.1"), (a, "", "10.0.0.1"), (b, "", "10.0.0.2")]
+    node = nodes.find_node(Told([1, 1, 1], said), ranks_per_node=1, racks=(), store_host=None)
+    assert node.racks == ("a", "a", "")
+    alike = [(a, "", "10.0.0.1")] * 3
+    node = nodes.find_node(Told([1, 1, 1], alike), ranks_per_node=1, racks=(), store_host=None)
+    assert node.racks == ("", "", "")  # emulated nodes stand for machines
+
+
+# --- what can be saved ----------------------------------------------------------------------------
+
+
+def _chunk(local: torch.Tensor, size: int, begin: int) -> Chunk:
+    return Chunk(local=local, size=torch.Size([size]), offsets=torch.Size([begin]))
+
+
+def test_what_could_not_be_loaded_is_refused_before_it_is_saved() -> None:
+    half = {"w": _chunk(torch.ones(3), 6, 0)}
+    with pytest.raises(ValueError, match=r"cannot be saved: w: the boxes hold 3 of 6 elements"):
+        share(half, peers=Peers(None))
+    with pytest.raises(CheckpointError, match=r"look at what is to be saved: rank 0: .*complex64"):
+        share({"w": _chunk(torch.ones(3, dtype=torch.complex64), 3, 0)}, peers=Peers(None))
+
+
+# --- asking the holders ---------------------------------------------------------------------------
+
+
+def test_tables_are_told_by_one_node_and_only_once_a_snapshot_is_chosen() -> None:
+    parts = [[["w", "F32", [4], [0], [4]]]]
+    spec = {"parity": 0, "groups": [[0]], "nodes": [{"ranks": [0]}], "parts": parts}
+    slot = {"slot": 1, "step": 7, "state": "committed", "digests": [5], "meta": {}}
+    epochs = [{"epoch": "e", "spec": spec, "members": {"0": {"slots": [slot]}}}]
+    told: list[Any] = []
+
+    class Listening(Peers):
+        def gather(self, value: Any) -> list[Any]:
+            told.append(value)
+            return [value]
+
+    client = SimpleNamespace(
+        inventory=lambda: json.loads(json.dumps({"epochs": epochs})), close=lambda: None
+    )
+    node = SimpleNamespace(leader=True, number=0, count=1, ranks_of=lambda number: [0])
+    place: Any = SimpleNamespace(node=node, connect=lambda: client)
+    found, reasons = find(place, Listening(None))
+    assert found is not None
+    assert (found.step, found.spec, reasons) == (7, spec, [])
+    assert "parts" not in told[0][0]["epochs"][0]["spec"]
+
+
+# --- the copier's thread --------------------------------------------------------------------------
+
+
+def test_the_copiers_thread_uses_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    Copier(torch.device("cuda", 3)).enter()
+    Copier(torch.device("cpu")).enter()
+    assert chosen == [torch.device("cuda", 3)]
