@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phalanx.checkpoint.holder_line import HolderGone, Line, mapped
-from phalanx.checkpoint.holder_socket import all_sockets
+from phalanx.checkpoint.holder_socket import all_sockets, kill_silent
 from phalanx.checkpoint.holder_spec import HolderError
 
 START_S = 30.0
@@ -40,13 +40,16 @@ def start_holder(job: str, node: int, *, linger_s: float, log: Path | None) -> N
     command = [sys.executable, "-P", "-m", "phalanx.checkpoint.holder"]
     command += ["--job", job, "--node", str(node), "--linger", str(linger_s)]
     command += ["--log", str(log.absolute())] if log is not None else []
-    deadline = time.monotonic() + START_S
+    deadline, killed = time.monotonic() + START_S, False
     while True:
         if _answers(job, node):
             return
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode == TAKEN and time.monotonic() < deadline:
             time.sleep(0.02)  # it is about to answer, or about to end
+        elif done.returncode == TAKEN and not killed:
+            kill_silent(job, node)
+            deadline, killed = time.monotonic() + START_S, True
         elif done.returncode:
             why = done.stderr.strip() or f"exit code {done.returncode}"
             raise HolderError(f"the holder of {job}, node {node}, does not start: {why}")

@@ -1,6 +1,7 @@
 """One connection from a rank or a tool to its holder: requests, answers, memory. Torch-free."""
 
 import os
+import select
 import socket
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -11,6 +12,9 @@ from phalanx.checkpoint.holder_spec import HolderError
 from phalanx.checkpoint.transport import hung_up, receive, send
 
 Self = TypeVar("Self", bound="Line")
+STILL_S = 30.0
+"""Seconds without an answer after which a holder is asked whether it still lives, and that it has
+to say so. Its work may take longer; a process that stands still says nothing."""
 
 
 class HolderGone(ConnectionError):
@@ -33,11 +37,13 @@ class Line:
         """
         path = socket_path(job, node)
         sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(STILL_S)
         try:
             sock.connect(str(path))
+            sock.settimeout(None)
             if not same_user(sock):
                 raise PermissionError(f"{path} belongs to another user's process")
-        except (FileNotFoundError, ConnectionError) as error:
+        except (FileNotFoundError, ConnectionError, TimeoutError) as error:
             sock.close()
             raise HolderGone(f"no holder of {job}, node {node}: {error}") from None
         except BaseException:
@@ -62,6 +68,7 @@ class Line:
     def _call_for_fds(self, name: str, **arguments: Any) -> tuple[Any, list[int]]:
         try:
             send(self._sock, {"do": name, **arguments})
+            self._await_answer()
             answer, fds = receive(self._sock)
         except OSError as error:
             self._sock.close()
@@ -72,6 +79,21 @@ class Line:
         if "error" in answer:
             raise HolderError(answer["error"])
         return answer.get("value"), fds
+
+    def _await_answer(self) -> None:
+        """Wait for it as long as the holder lives.
+
+        Raises:
+            OSError: it does not answer another caller either.
+        """
+        answer = select.poll()
+        answer.register(self._sock, select.POLLIN)
+        while not answer.poll(STILL_S * 1000):
+            with socket.socket(socket.AF_UNIX) as other:
+                other.settimeout(STILL_S)
+                other.connect(self._sock.getpeername())
+                send(other, {"do": "hello"})
+                receive(other)
 
 
 def mapped(

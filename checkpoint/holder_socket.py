@@ -7,6 +7,7 @@ long as the holder lives. Torch-free.
 import fcntl
 import os
 import re
+import signal
 import socket
 import stat
 import struct
@@ -65,9 +66,24 @@ def all_sockets() -> list[tuple[str, int]]:
 
 def same_user(sock: socket.socket) -> bool:
     """Whether the process at the other end of a unix socket is this user's."""
+    return _peer(sock)[1] == os.getuid()
+
+
+def _peer(sock: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end; for a holder, those that listened."""
     size = struct.calcsize("3i")
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    return bool(uid == os.getuid())
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return pid, uid
+
+
+def kill_silent(job: str, node: int) -> None:
+    """kill -9 a holder that has the lock and answers nobody: it has stopped, or cannot get on."""
+    with socket.socket(socket.AF_UNIX) as sock, suppress(OSError):
+        sock.settimeout(1.0)
+        sock.connect(str(socket_path(job, node)))
+        pid, uid = _peer(sock)
+        if uid == os.getuid():
+            os.kill(pid, signal.SIGKILL)
 
 
 class Lock:

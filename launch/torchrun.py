@@ -164,7 +164,9 @@ def run_as_worker(
             time.sleep(CULPRIT_S)
         else:
             terminal.write(f"{failure.text}{name} failed\n")
-        raise SystemExit(1) from None
+        for stream in (terminal, sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)  # a background thread may be waiting for ranks that will never come
 
 
 def _failure_file(log_dir: Path, rank: int) -> Path:

@@ -3,11 +3,13 @@
 import errno
 import os
 import resource
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from phalanx.checkpoint import holder_client, holder_line
 from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.checkpoint.peers import CheckpointError
 from phalanx.parallel.ranks import Ranks, process_group
@@ -84,6 +86,35 @@ def test_training_goes_on_when_a_background_save_fails(run_ranks: Run, tmp_path:
         "snapshot_opened",
         "checkpoint_failed",
         "checkpoint_saved",
+    ]
+
+
+def go_on_past_a_holder_that_stands_still(ranks: Ranks, root: Path) -> Events:
+    holder_line.STILL_S = holder_client.START_S = 0.5
+    with process_group(ranks):
+        events: Events = []
+        manager = manager_of(ranks, root, events=events)
+        tensors = {"x": torch.zeros(1000)}
+        manager.save(1, tensors, {})
+        manager.wait()
+        holder = holder_pids(root)[0]
+        os.kill(holder, signal.SIGSTOP)
+        failed_save(manager, 2, tensors)
+        manager.save(3, tensors, {})
+        manager.wait()
+        assert holder_pids(root)[0] != holder
+        manager.close()
+        return events
+
+
+def test_a_holder_that_stands_still_is_replaced(run_ranks: Run, tmp_path: Path) -> None:
+    [events] = run_ranks(go_on_past_a_holder_that_stands_still, tmp_path, world_size=1)
+    told = [(name, facts.get("step")) for name, facts in events if name != "snapshot_opened"]
+    assert told == [
+        ("checkpoint_saved", 1),
+        ("snapshot_failed", 2),
+        ("checkpoint_failed", 2),
+        ("checkpoint_saved", 3),
     ]
 
 
