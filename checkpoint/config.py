@@ -13,7 +13,8 @@ class SnapshotConfig:
     """Steps between snapshots; 0 = only where a checkpoint is due. 1 is meant to be affordable."""
     parity: str = "none"
     """What is added so that lost nodes' snapshots can be rebuilt: none; xor (any one node of a
-    group may be lost); rs(m) (any m of them). Memory grows by m / (nodes of a group - m)."""
+    group may be lost); rs(m) (any m of them; on a command line
+    'checkpoint.snapshot.parity="rs(2)"'). Memory grows by m / (nodes of a group - m)."""
     group_size: int = 8
     """Most nodes of a group; the job's nodes are divided into groups of nearly equal size."""
     linger_s: float = 600.0
@@ -113,6 +114,8 @@ class CheckpointConfig:
     """The storage behind dir."""
 
     def __post_init__(self) -> None:
+        if not self.dir:
+            raise ValueError("checkpoint.dir=: must name a folder, or a URL as s3://bucket/folder")
         for name in ("every", "keep", "keep_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"checkpoint.{name}={getattr(self, name)}: must be 0 or more")

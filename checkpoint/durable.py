@@ -7,10 +7,10 @@ a hang, and what stood before still counts.
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from phalanx.checkpoint.epoch import Place, storage_settings
+from phalanx.checkpoint.epoch import Place
 from phalanx.checkpoint.folders import prepare_folder, prune
 from phalanx.checkpoint.manifest import StoredParity, StoredPart, new_manifest, write_manifest
 from phalanx.checkpoint.peers import CheckpointError, Peers
@@ -53,42 +53,21 @@ def write_durable(
         CheckpointError: on every rank, where one failed.
     """
     start = time.perf_counter()
-    config, step = place.config, taken.step
-
-    def prepare() -> str | None:
-        if peers.rank != 0:
-            return None
-        return prepare_folder(storage, step)
-
-    folder = peers.agree("prepare the folder", prepare)[0]
-    assert folder is not None
-
-    def write() -> dict[str, Any]:
-        client = place.connect()
-        try:
-            return client.drain(
-                taken.epoch.name,
-                taken.slot,
-                step,
-                url=str(storage.local.absolute()) if storage.local else config.dir,
-                folder=folder,
-                storage=storage_settings(config),
-            )
-        finally:
-            client.close()
-
-    answers = peers.agree("write", write)
+    first = peers.rank == 0
+    folder = peers.agree(
+        "prepare the folder", lambda: prepare_folder(storage, taken.step) if first else ""
+    )[0]
+    answers = peers.agree("write", lambda: _drain(taken, folder, storage=storage, place=place))
     parts = [StoredPart.from_json(item) for answer in answers for item in answer["parts"]]
     parity = [StoredParity.from_json(item) for answer in answers for item in answer["parity"]]
-
     files: list[StoredPart | StoredParity] = [*parts, *parity]
 
     def commit() -> tuple[list[str], list[str]]:
-        if peers.rank != 0:
+        if not first:
             return [], []
         _check_all_here(storage, folder, files)
         manifest = new_manifest(
-            step=step,
+            step=taken.step,
             meta=taken.meta,
             parts=parts,
             parity=parity,
@@ -99,21 +78,37 @@ def write_durable(
         write_manifest(storage, folder, manifest)
         return prune(
             storage,
-            saved=step,
-            keep=config.keep,
-            keep_every=config.keep_every,
+            saved=taken.step,
+            keep=place.config.keep,
+            keep_every=place.config.keep_every,
             rejected=rejected(),
         )
 
     deleted, not_deleted = peers.agree("commit", commit)[0]
     return Saved(
-        step=step,
+        step=taken.step,
         seconds=time.perf_counter() - start,
         bytes=sum(item.size for item in files),
         deleted=deleted,
         not_deleted=not_deleted,
         time=time.time(),
     )
+
+
+def _drain(taken: Taken, folder: str, *, storage: Storage, place: Place) -> dict[str, Any]:
+    """Have this node's holder write its files."""
+    client = place.connect()
+    try:
+        return client.drain(
+            taken.epoch.name,
+            taken.slot,
+            taken.step,
+            url=str(storage.local.absolute()) if storage.local else place.config.dir,
+            folder=folder,
+            storage=asdict(place.config.storage),
+        )
+    finally:
+        client.close()
 
 
 def _check_all_here(storage: Storage, folder: str, files: list[StoredPart | StoredParity]) -> None:

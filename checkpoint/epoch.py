@@ -5,8 +5,9 @@ first committed snapshot.
 """
 
 import secrets
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from phalanx.checkpoint.peers import Peers
 from phalanx.checkpoint.placement import make_groups
 from phalanx.checkpoint.shares import share
 from phalanx.checkpoint.torch_types import name_of
+
+OTHERS_S = 10.0
+"""Seconds that ranks of an earlier start may take to be gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,18 +140,11 @@ def open_epoch(chunks: Mapping[str, Chunk], *, place: Place, peers: Peers, copie
 
     answers = peers.agree("start the snapshots' holders", start)
     name, token, _ = answers[0]
-    spec = {
-        "epoch": name,
-        "token": token,
-        "parity": place.num_parity,
-        "slots": place.slots,
-        "groups": [list(group) for group in groups],
-        "nodes": [
-            {"address": answers[ranks[0]][2], "ranks": ranks}
-            for ranks in map(node.ranks_of, range(node.count))
-        ],
-        "parts": [table.to_json() for table in tables],
-    }
+    spec = _spec(place, tables, groups) | {"epoch": name, "token": token}
+    spec["nodes"] = [
+        {"address": answers[ranks[0]][2], "ranks": ranks}
+        for ranks in map(node.ranks_of, range(node.count))
+    ]
 
     def open_here() -> None:
         if node.leader:
@@ -175,15 +172,44 @@ def open_epoch(chunks: Mapping[str, Chunk], *, place: Place, peers: Peers, copie
     )
 
 
+def _spec(place: Place, tables: list[PartTable], groups: list[tuple[int, ...]]) -> dict[str, Any]:
+    """What all holders are told alike, but for names and addresses; see HolderClient.open."""
+    return {
+        "parity": place.num_parity,
+        "slots": place.slots,
+        "groups": [list(group) for group in groups],
+        "parts": [table.to_json() for table in tables],
+    }
+
+
 def _start(nbytes: int, *, place: Place, num_nodes: int, held: list[int]) -> Any:
     """Start this node's holder; its address where it has to do with others. Adds to `held` the
     bytes that it has from an earlier start."""
     client = place.start_holder()
-    held.append(sum(epoch["bytes"] for epoch in client.inventory()["epochs"]))
-    check_host_memory(nbytes, place=place, num_nodes=num_nodes, held=held[0])
-    address = client.listen(place.node.host) if place.num_parity else None
-    client.close()
-    return address
+    try:
+        _check_unused(client, place)
+        held.append(sum(epoch["bytes"] for epoch in client.inventory()["epochs"]))
+        check_host_memory(nbytes, place=place, num_nodes=num_nodes, held=held[0])
+        return client.listen(place.node.host) if place.num_parity else None
+    finally:
+        client.close()
+
+
+def _check_unused(client: HolderClient, place: Place) -> None:
+    """Wait until the ranks of the start before are gone; they may just be dying.
+
+    Raises:
+        ValueError: they live on, and would write to the same checkpoints.
+    """
+    deadline = time.monotonic() + OTHERS_S
+    while ranks := sorted({r for epoch in client.inventory()["epochs"] for r in epoch["attached"]}):
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"checkpoint.dir={place.config.dir}: another start of this run is alive on node "
+                f"{place.node.number} (ranks {', '.join(map(str, ranks))}); end it first, or "
+                "choose another run.dir"
+            )
+        time.sleep(0.05)
 
 
 def _attach(
@@ -198,8 +224,3 @@ def _attach(
     memory = client.attach(epoch, rank)
     copier.unpin()
     attached.append((client, memory))
-
-
-def storage_settings(config: CheckpointConfig) -> dict[str, Any]:
-    """Settings of the storage as a holder is told."""
-    return asdict(config.storage)

@@ -151,6 +151,10 @@ class HolderEpoch:
             self.members.clear()
             self.changed.notify_all()
 
+    def attached(self) -> list[int]:
+        """Ranks that are connected to fill it."""
+        return []
+
     def inventory(self) -> dict[str, Any]:
         """What it holds, as JSON."""
         with self.changed:
@@ -169,5 +173,6 @@ class HolderEpoch:
             "spec": self.spec.body,
             "frozen": self.frozen,
             "bytes": nbytes,
+            "attached": self.attached(),
             "members": members,
         }

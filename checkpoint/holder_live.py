@@ -38,6 +38,11 @@ class LiveEpoch(OwnEpoch):
             }
             return value, [os.dup(part.fd) for part in parts if part.nbytes]
 
+    def attached(self) -> list[int]:
+        """Ranks that are connected to fill it."""
+        with self.changed:
+            return sorted(rank for rank, who in self._attached.items() if who)
+
     def detach(self, rank: int, who: object) -> None:
         """Who spoke for the rank is gone; with the last one, what it had not filled has failed."""
         with self.changed:

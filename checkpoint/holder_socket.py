@@ -82,7 +82,7 @@ def kill_silent(job: str, node: int) -> None:
         sock.settimeout(1.0)
         sock.connect(str(socket_path(job, node)))
         pid, uid = _peer(sock)
-        if uid == os.getuid():
+        if uid == os.getuid() and pid > 0:  # 0: of a container whose processes are not seen here
             os.kill(pid, signal.SIGKILL)
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from phalanx.checkpoint.epoch import Place
 
 GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_host_memory(nbytes: int, *, place: "Place", num_nodes: int, held: int) -> None:
@@ -46,13 +47,14 @@ def check_host_memory(nbytes: int, *, place: "Place", num_nodes: int, held: int)
 def available_bytes() -> int:
     """Host memory that can still be taken: the machine's, or what the container may have."""
     free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
+    for limit, used, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ):
         with suppress(OSError, ValueError):
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            most, taken = int((CGROUP / limit).read_text()), int((CGROUP / used).read_text())
+            stat = (CGROUP / limit).with_name("memory.stat").read_text()
+            # Files that were read or written count as taken, but go as soon as memory is needed.
+            rows = dict(row.split() for row in stat.splitlines())
+            free = min(free, most - taken + int(rows.get(cached, 0)))
     return free

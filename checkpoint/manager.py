@@ -99,6 +99,8 @@ class CheckpointManager:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._taking: list[tuple[int, Future[Taken]]] = []
         self._saving: list[tuple[int, Future[Saved]]] = []
+        self._newest: tuple[int, Future[Taken]] | None = None
+        """The last snapshot, unless it was durable."""
         self._opened: list[Epoch] = []
         self._lost: list[int] = []
         """Steps at which a holder had died since the snapshot before."""
@@ -126,7 +128,8 @@ class CheckpointManager:
         eager: Mapping[str, Tensor] | None = None,
         durable: bool = False,
     ) -> float:
-        """Begin a snapshot of `step`, and with `durable` its way to storage.
+        """Begin a snapshot of `step`, and with `durable` its way to storage; where the step's
+        snapshot was begun before, that one's.
 
         Where ranks hold the same name, they hold parts or equal copies of one tensor. `tensors` is
         asked in another thread, and what it gives may change only after `before_update`; what is
@@ -142,19 +145,30 @@ class CheckpointManager:
         self._poll()
         snapshots = self._started()
         pin = durable and self._node.leader
-        future = snapshots.take(
-            step,
-            lambda: self._boxes.of(tensors()),
-            eager=self._eager_boxes.of(eager or {}),
-            meta=_as_json(meta),
-            pin=pin,
-        )
-        self._taking.append((step, future))
+        taking = self._taken_already(step) if durable else None
+        if taking is None:
+            taking = snapshots.take(
+                step,
+                lambda: self._boxes.of(tensors()),
+                eager=self._eager_boxes.of(eager or {}),
+                meta=_as_json(meta),
+                pin=pin,
+            )
+            self._taking.append((step, taking))
+        elif pin:
+            snapshots.pin(taking.result())
+        self._newest = None if durable else (step, taking)
         if pin:
-            self._saving.append((step, self._writer.submit(self._write, future)))
+            self._saving.append((step, self._writer.submit(self._write, taking)))
         seconds = time.perf_counter() - start
         self.monitor.stalled(seconds)
         return seconds
+
+    def _taken_already(self, step: int) -> "Future[Taken] | None":
+        """The snapshot of the step in memory, where it was the last one and is not in storage."""
+        if self._newest is None or self._newest[0] != step or self._newest[1].exception():
+            return None
+        return self._newest[1]
 
     def before_update(self) -> None:
         """Wait until the tensors of the last snapshot may change."""

@@ -140,6 +140,11 @@ class Snapshots:
             torch.cuda.current_stream(self._device).wait_event(request.issued)
         return time.perf_counter() - start
 
+    def pin(self, taken: Taken) -> None:
+        """Keep the slot of the newest snapshot, after which none was begun, until `release`."""
+        with self._freed:
+            self._pinned.add((taken.epoch.name, taken.slot))
+
     def release(self, taken: Taken) -> None:
         """Let a pinned slot be used again."""
         with self._freed:
@@ -264,9 +269,7 @@ class Snapshots:
         self._all_or_none(request.step, error)  # nobody writes to storage what another gave up
         with self._freed:
             self._committed = epoch.name, slot
-            if request.pin:
-                self._pinned.add(self._committed)
-        return Taken(
+        taken = Taken(
             step=request.step,
             epoch=epoch,
             slot=slot,
@@ -279,6 +282,9 @@ class Snapshots:
             sent_s=work["sent_s"],
             sent_bytes=work["sent_bytes"],
         )
+        if request.pin:
+            self.pin(taken)
+        return taken
 
     def _copy(self, request: _Request, sources: list[Tensor], epoch: Epoch, slot: int) -> None:
         rank, client = self._peers.rank, epoch.client

@@ -42,8 +42,9 @@ class Source:
 def register_schema() -> None:
     """Make the schema known to Hydra as `schema`, the first of configs/config.yaml's defaults."""
     schema = OmegaConf.structured(Config)
-    # Hydra closes every node against new keys; this one is a mapping that the user fills.
+    # Hydra closes every node against new keys; these are mappings that the user fills.
     OmegaConf.set_struct(schema.verify.resume_in, False)
+    OmegaConf.set_struct(schema.checkpoint.storage.options, False)
     ConfigStore.instance().store(name="schema", node=schema)
 
 
@@ -159,6 +160,12 @@ def _check_groups(overrides: list[str]) -> None:
         try:
             override = OverridesParser.create().parse_override(text)
         except (HydraException, ValueError) as error:
+            key, _, value = text.partition("=")
+            if re.fullmatch(r"\w+\(.*\)", value):  # Hydra takes it for a call
+                raise ValueError(
+                    f"{text}: a value with parentheses needs quotes within the shell's: "
+                    f"'{key}=\"{value}\"'"
+                ) from error
             raise ValueError(
                 f"{text}: not an override; write group=choice or key=value, as in model=tiny "
                 f"training.steps=10 'data.text=[a.txt, b.txt]' ({_first_line(error)})"

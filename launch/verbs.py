@@ -3,10 +3,13 @@
 Heavy modules are imported where they are needed, after the configuration has been checked.
 """
 
+import errno
+import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -16,6 +19,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from phalanx.checkpoint.storage import open_storage
 from phalanx.launch import env
 from phalanx.launch.checkpoint_flags import EXAMPLES as CHECKPOINT_EXAMPLES
 from phalanx.launch.checkpoint_flags import OPTIONS as CHECKPOINT_OPTIONS
@@ -30,6 +34,9 @@ from phalanx.parallel.zero.partition import data_ranks_per_node
 from phalanx.train.config import Config, Launcher
 from phalanx.train.notes import notes
 from phalanx.train.resume import check_resume
+
+CONFIG_FILE = "config.yaml"
+"""In the run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,22 +235,27 @@ def _train(job: Job) -> None:
     folder = Path(config.run.dir)
     with user_input():
         check_resume(config)
-    if place is None or place.rank == 0:
-        _write_config(config, folder)
-        for note in notes(_known_device(config), num_nodes=_num_nodes(config)):
-            print(f"phalanx: note: {note}", file=sys.stderr)
-    if config.launch.launcher is Launcher.torchrun and place is None:
-        from phalanx.launch.torchrun import run_torchrun
+    with ExitStack() as held:
+        if place is None or place.rank == 0:
+            _make_folders(config, folder)
+            if place is not None or config.launch.launcher is not Launcher.torchrun:
+                # torchrun's own start is on every machine; its rank 0 comes here again.
+                held.enter_context(_alone(config, folder))
+            _write_config(config, folder)
+            for note in notes(_known_device(config), num_nodes=_num_nodes(config)):
+                print(f"phalanx: note: {note}", file=sys.stderr)
+        if config.launch.launcher is Launcher.torchrun and place is None:
+            from phalanx.launch.torchrun import run_torchrun
 
-        run_torchrun(job.arguments, config=config, world_size=world_size(config))
-        return
-    launch(
-        _train_rank,
-        config,
-        world_size=world_size(config),
-        config=config.launch,
-        log_dir=folder / "logs",
-    )
+            run_torchrun(job.arguments, config=config, world_size=world_size(config))
+            return
+        launch(
+            _train_rank,
+            config,
+            world_size=world_size(config),
+            config=config.launch,
+            log_dir=folder / "logs",
+        )
 
 
 def _known_device(config: Config) -> Config:
@@ -265,14 +277,51 @@ def _num_nodes(config: Config) -> int | None:
     return None if here is None else shards // here
 
 
-def _write_config(config: Config, folder: Path) -> None:
-    """Make the run's folder, and write the resolved configuration to it."""
-    try:
+def _make_folders(config: Config, folder: Path) -> None:
+    """Make the run's folder, and that of its checkpoints where it is one."""
+    with _writing("run.dir", config.run.dir):
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    checkpoints, given = config.checkpoint.dir, config.checkpoint
+    place = open_storage(checkpoints, given.storage).local
+    if place is not None and (given.save_last or given.every or given.snapshot.every):
+        with _writing("checkpoint.dir", checkpoints):
+            place.mkdir(parents=True, exist_ok=True)
+            if not os.access(place, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    """Write the resolved configuration to the run's folder."""
+    with _writing("run.dir", config.run.dir):
+        OmegaConf.save(OmegaConf.structured(config), folder / CONFIG_FILE)
+
+
+@contextmanager
+def _writing(key: str, value: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         reason = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
-        raise BadInput(f"run.dir={config.run.dir}: cannot be written ({reason})") from error
+        raise BadInput(f"{key}={value}: cannot be written ({reason})") from error
+
+
+@contextmanager
+def _alone(config: Config, folder: Path) -> Iterator[None]:
+    """Inside, no other start trains in this folder; the system forgets it with this process."""
+    with _writing("run.dir", config.run.dir):
+        opened = (folder / CONFIG_FILE).open("a")
+    with opened as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(
+                f"run.dir={config.run.dir}: another run is training in it; wait for it or end it, "
+                "or choose another run.dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield
 
 
 def _verify(job: Job, *, json_file: Path | None) -> None:

@@ -67,7 +67,8 @@ def check_wanted(step: int, config: Config) -> None:
     if not config.checkpoint.resume:
         raise ValueError(
             f"checkpoint.resume=false: {config.checkpoint.dir} holds a run's checkpoint of step "
-            f"{step}, which a new run would mix with its own; choose another run.dir, or remove it"
+            f"{step} (or its job.json leads to a snapshot in memory), which a new run would mix "
+            "with its own; choose another run.dir, or remove it"
         )
 
 

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from phalanx.checkpoint import epoch
+from phalanx.checkpoint.config import SnapshotConfig
+from phalanx.checkpoint.peers import CheckpointError
 from phalanx.parallel.ranks import Ranks, process_group
 from tests.checkpointing import Events, Run, manager_of, step_names, stored_names
 
@@ -48,6 +51,51 @@ def test_what_was_saved_is_the_moment_of_the_call(
     ]
     assert all(facts["bytes"] > 8000 for _, facts in saved)
     assert none == []
+
+
+def snapshot_then_save(ranks: Ranks, root: Path) -> Events:
+    with process_group(ranks):
+        events: Events = []
+        manager = manager_of(ranks, root, events=events, snapshot=SnapshotConfig(every=1))
+        tensors = {f"x{ranks.rank}": torch.ones(1000)}
+        for step in (1, 2):
+            manager.snapshot(step, lambda: tensors, {})
+            manager.before_update()
+        manager.snapshot(2, lambda: tensors, {}, durable=True)
+        for step in (3, 4, 5):
+            manager.snapshot(step, lambda: tensors, {}, durable=step == 4)
+        manager.close()
+        return events
+
+
+def test_a_snapshot_in_memory_goes_to_storage_without_another(
+    run_ranks: Run, tmp_path: Path
+) -> None:
+    events, _ = run_ranks(snapshot_then_save, tmp_path, world_size=2)
+    told = [(name, facts.get("step")) for name, facts in events]
+    assert told == [("snapshot_opened", None), ("checkpoint_saved", 2), ("checkpoint_saved", 4)]
+
+
+def hold_on(ranks: Ranks, root: Path) -> str:
+    """A second start of a run whose first one lives."""
+    epoch.OTHERS_S = 0.3
+    with process_group(ranks):
+        first = manager_of(ranks, root)
+        tensors = {"x": torch.ones(10)}
+        first.save(1, tensors, {})
+        first.wait()
+        second = manager_of(ranks, root)
+        with pytest.raises(CheckpointError, match="another start of this run is alive") as caught:
+            second.prepare(tensors)
+        first.close()
+        second.prepare(tensors)
+        second.close()
+        return str(caught.value)
+
+
+def test_two_starts_of_one_run_are_not_mixed(run_ranks: Run, tmp_path: Path) -> None:
+    for text in run_ranks(hold_on, tmp_path, world_size=2):
+        assert "on node 0 (ranks 0, 1); end it first" in text
 
 
 def rotate(ranks: Ranks, root: Path) -> list[list[str]]:

@@ -30,14 +30,13 @@ def load_while_it_is_overwritten(ranks: Ranks, root: Path) -> tuple[int, float, 
         new = manager_of(ranks, root, events=events, snapshot=config)
         load, later = finding.load, [(3, 4)]
 
-        def slow_load(*args: Any, **named: Any) -> Any:
-            moved = load(*args, **named)
+        def late_load(*args: Any, **named: Any) -> Any:
             if later:
                 take(*later.pop())
-            return moved
+            return load(*args, **named)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(finding, "load", slow_load)
+            patch.setattr(finding, "load", late_load)
             loaded = torch.zeros(1000)
             resumed = new.resume(lambda step, names, meta: {"x": loaded})
         new.close(finished=False)
@@ -49,7 +48,7 @@ def load_while_it_is_overwritten(ranks: Ranks, root: Path) -> tuple[int, float, 
 def test_what_was_overwritten_while_it_was_read_is_not_taken(
     run_ranks: Run, tmp_path: Path
 ) -> None:
-    [(step, value, events)] = run_ranks(load_while_it_is_overwritten, 1, tmp_path)
+    [(step, value, events)] = run_ranks(load_while_it_is_overwritten, tmp_path, world_size=1)
     assert (step, value) == (4, 4.0)
     [(name, facts)] = events
     assert (name, facts["step"]) == ("snapshot_rejected", 2)

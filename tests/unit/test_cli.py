@@ -125,6 +125,42 @@ def test_a_run_folder_that_cannot_be_written_is_one_line_and_2(
     assert trained == []
 
 
+def test_a_checkpoint_folder_that_cannot_be_written_is_one_line_and_2(
+    tmp_path: Path, trained: list[Config], capsys: Captured
+) -> None:
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "checkpoints"
+    assert main(["train", f"run.dir={tmp_path}/run", f"checkpoint.dir={place}"]) == 2
+    said = f"phalanx: checkpoint.dir={place}: cannot be written (Not a directory)\n"
+    assert capsys.readouterr().err == said
+    assert trained == []
+
+
+def test_two_runs_are_never_in_one_folder(
+    tmp_path: Path, trained: list[Config], capsys: Captured
+) -> None:
+    argv = ["train", f"run.dir={tmp_path}/run"]
+    assert main(argv) == 0
+    written = (tmp_path / "run" / "config.yaml").read_text()
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "run" / "config.yaml")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        capsys.readouterr()
+        assert main([*argv, "training.steps=7"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"phalanx: run.dir={tmp_path}/run: another run is training in it; ")
+        assert err.count("\n") == 1
+        other.kill()
+    assert (tmp_path / "run" / "config.yaml").read_text() == written
+    assert main(argv) == 0
+    assert len(trained) == 2
+
+
 @pytest.mark.parametrize(
     ("gpus", "layout", "resume_in", "device"),
     [

@@ -47,6 +47,12 @@ def test_values_reach_the_typed_configuration() -> None:
         ("optim.lr.peak=high", "optim.lr.peak=high: 'high' is not a number"),
         ("parallel.compile=maybe", "parallel.compile=maybe: 'maybe' is neither true nor false"),
         ("precision.compute=fp7", "precision.compute=fp7: 'fp7' is not known; choose one of fp64"),
+        (
+            "checkpoint.snapshot.parity=rs(2)",
+            "checkpoint.snapshot.parity=rs(2): a value with parentheses needs quotes within the "
+            "shell's: 'checkpoint.snapshot.parity=\"rs(2)\"'",
+        ),
+        ("checkpoint.dir=", "checkpoint.dir=: must name a folder, or a URL"),
         ("model=huge", f"model=huge: no such choice; choose one of {MODELS}"),
         ("training=long", "training=long: this is a group of keys"),
         ("experiment=null", "experiment=null: experiment takes the name of a choice: "),
@@ -79,6 +85,17 @@ def test_a_mistake_in_a_users_file_names_the_file(tmp_path: Path) -> None:
     (folder / "broken.yaml").write_text("training: {steps: [1\n")
     assert "broken.yaml" in message(["experiment=broken"], source)
     assert "no such folder" in message([], Source(config_dir=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "checkpoint.storage.options={endpoint_url: http://h:1}",
+        "checkpoint.storage.options.endpoint_url=http://h:1",
+    ],
+)
+def test_a_drivers_options_are_any(override: str) -> None:
+    assert compose([override]).checkpoint.storage.options == {"endpoint_url": "http://h:1"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from phalanx.checkpoint import nodes
+from phalanx.checkpoint import host_memory, nodes
 from phalanx.checkpoint.chunks import Chunk
 from phalanx.checkpoint.copier import Copier
 from phalanx.checkpoint.job import job_name, read_job
@@ -125,3 +125,19 @@ def test_the_copiers_thread_uses_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch) 
     Copier(torch.device("cuda", 3)).enter()
     Copier(torch.device("cpu")).enter()
     assert chosen == [torch.device("cuda", 3)]
+
+
+# --- host memory ----------------------------------------------------------------------------------
+
+
+def test_a_containers_cached_files_do_not_count_as_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
+    machine = host_memory.available_bytes()
+    (tmp_path / "memory.max").write_text("max\n")  # a container without a limit
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 700\nshmem 100\n")
+    assert host_memory.available_bytes() == pytest.approx(machine, rel=0.2)
+    (tmp_path / "memory.max").write_text("1024\n")
+    assert host_memory.available_bytes() == 24 + 700
