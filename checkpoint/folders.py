@@ -76,7 +76,8 @@ def prune(
     """Delete what need not be kept, now that the checkpoint of step `saved` is complete.
 
     The newest `keep` (0 = all) are kept, those at multiples of `keep_every`, `saved` itself, and
-    step 0 (imported weights); rejected ones are not, nor those that were saved anew. Folders
+    step 0 (imported weights); those that were saved anew are not. Rejected ones count for nothing
+    and go once they are older than the newest `keep`: until then they may be mended. Folders
     without a manifest go up to `saved`; beyond, they may be in the making.
 
     Returns:
@@ -88,6 +89,7 @@ def prune(
     complete = complete_folders(storage)
     good = [step for step in complete if step not in rejected or step == saved]
     kept = {0, saved, *good[-keep:]}
+    kept |= {step for step in complete if step in rejected and step > min(good[-keep:])}
     if keep_every:
         kept |= {step for step in good if step % keep_every == 0}
     if keep == 0:

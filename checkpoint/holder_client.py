@@ -15,7 +15,7 @@ from typing import Any
 
 from phalanx.checkpoint.holder_line import HolderGone, Line, mapped
 from phalanx.checkpoint.holder_socket import all_sockets, kill_silent
-from phalanx.checkpoint.holder_spec import HolderError
+from phalanx.checkpoint.holder_spec import VERSION, HolderError
 
 START_S = 30.0
 """Seconds that a holder may take to start, or one that ends to be gone."""
@@ -104,7 +104,13 @@ class HolderClient(Line):
         "state": empty, filling, complete, committed or damaged, "meta", "digest" of this member's
         data, "digests" of all members' once committed, "data_ok", "parity_ok"}]}}}]}
         """
-        return dict(self._call("inventory"))
+        answer = dict(self._call("inventory"))
+        if answer.get("version") != VERSION:
+            raise HolderError(
+                f"the holder (process {answer.get('pid')}) was started by another version of this "
+                "program; end that run, or the process"
+            )
+        return answer
 
     def verify(self, epoch: str, member: int, slot: int) -> bool:
         """Whether a member's data still has its digest; where not, it counts as damaged."""

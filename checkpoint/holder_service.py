@@ -14,7 +14,7 @@ from phalanx.checkpoint.holder_memory import GIB, check_free
 from phalanx.checkpoint.holder_peers import PeerServer
 from phalanx.checkpoint.holder_protect import Protection
 from phalanx.checkpoint.holder_rebuild import rebuild
-from phalanx.checkpoint.holder_spec import HolderError, Spec
+from phalanx.checkpoint.holder_spec import VERSION, HolderError, Spec
 from phalanx.checkpoint.transport import Address
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Service:
         with self._lock:
             epochs = list(self._epochs.values())
         return {
+            "version": VERSION,
             "pid": os.getpid(),
             "address": self._peers.address,
             "epochs": [epoch.inventory() for epoch in epochs],

@@ -8,6 +8,9 @@ from phalanx.checkpoint.format import PartTable
 from phalanx.checkpoint.placement import Stripes
 from phalanx.checkpoint.transport import Address
 
+VERSION = 1
+"""Of what holders and their callers say to each other."""
+
 
 class HolderError(RuntimeError):
     """A holder cannot do what it was asked to; the message says why."""

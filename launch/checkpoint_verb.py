@@ -29,8 +29,7 @@ def checkpoint(argv: Sequence[str]) -> None:
     """
     action = argv[0] if argv else ""
     if action not in ACTIONS:
-        given = f"checkpoint {action}: unknown" if argv else "checkpoint: what is to be done"
-        raise BadInput(f"{given}; choose one of {', '.join(ACTIONS)}")
+        raise BadInput(f"checkpoint {action}: unknown; choose one of {', '.join(ACTIONS)}")
     flags = parse(action, argv[1:])
     try:
         with user_input():

@@ -351,6 +351,7 @@ class Trainer:
 
         resumed = self.checkpoints.resume(wanted)
         if resumed is None:
+            self._tell_lost()
             return 0
         meta = resumed.meta
         if meta.get("kind") != KIND:
@@ -371,6 +372,17 @@ class Trainer:
             what = "snapshot in memory" if resumed.from_memory else "checkpoint"
             print(f"phalanx: going on from the {what} of step {step}{told}", flush=True)
         return step
+
+    def _tell_lost(self) -> None:
+        """Say so where a run that was underway has left nothing to go on from."""
+        metrics = self.run_dir / "metrics.jsonl"
+        if self.ranks.rank == 0 and metrics.exists() and metrics.stat().st_size:
+            self.events.record("begun_anew")
+            print(
+                f"phalanx: nothing is left of the run that was in {self.run_dir}, in memory or in "
+                "storage: beginning anew",
+                flush=True,
+            )
 
     def _evaluate(self, done: int) -> None:
         count = self.config.training.eval_batches

@@ -332,8 +332,9 @@ def test_callers_without_the_token(tmp_path: Path) -> None:
             dial((host, port), {**greeting, "epoch": "other"}, patience_s=0)
         for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\2[]", b"\0\0\0\1"):
             with socket.create_connection((host, port)) as sock:
-                sock.sendall(noise)
-                sock.shutdown(socket.SHUT_WR)
+                with suppress(OSError):  # it may hang up before all of this
+                    sock.sendall(noise)
+                    sock.shutdown(socket.SHUT_WR)
                 with suppress(ConnectionResetError):
                     assert sock.recv(100) == b""
         cluster.snapshot(0, 1)

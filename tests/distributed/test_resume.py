@@ -243,3 +243,21 @@ def train_stopped_at(ranks: Ranks, config: Config, step: int) -> dict[str, Any]:
 
     trainer.Trainer.step = step_and_stop  # type: ignore[method-assign]
     return trainer.train(ranks, config)
+
+
+def test_a_run_of_which_nothing_is_left_begins_anew_and_says_so(
+    demo_data: DataConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(demo_data, tmp_path / "run", {"dp_shard": 1})
+    config = replace(
+        config,
+        training=replace(config.training, steps=2),
+        checkpoint=replace(config.checkpoint, save_last=False),
+    )
+    train(config)
+    assert "beginning anew" not in capfd.readouterr().out
+    train(config)
+    said = f"phalanx: nothing is left of the run that was in {config.run.dir}, in memory or in "
+    assert said in capfd.readouterr().out
+    assert [step for step, _, _ in metrics(config)] == [0, 1]
+    assert '"begun_anew"' in (Path(config.run.dir) / "events.jsonl").read_text()

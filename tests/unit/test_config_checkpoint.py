@@ -25,6 +25,7 @@ SNAPSHOT, STORAGE = "checkpoint.snapshot", "checkpoint.storage"
 CASES = [
     *(of(CheckpointConfig, "checkpoint", key, -1, "0 or more") for key in ("every", "keep")),
     of(CheckpointConfig, "checkpoint", "keep_every", -3, "0 or more"),
+    of(CheckpointConfig, "checkpoint", "dir", "", "folder", "URL"),
     of(SnapshotConfig, SNAPSHOT, "every", -1, "0 or more"),
     of(SnapshotConfig, SNAPSHOT, "group_size", 1, "at least 2"),
     *(of(SnapshotConfig, SNAPSHOT, "linger_s", value, "finite") for value in (-1.0, NAN, INF)),

@@ -63,7 +63,8 @@ def test_saving_a_step_anew_keeps_the_old_until_the_new_stands(tmp_path: Path) -
         (2, 0, (), [40, 50]),
         (1, 20, (), [20, 40, 50]),
         (0, 0, (), [10, 20, 30, 40, 50]),
-        (2, 0, (40,), [30, 50]),
+        (2, 0, (40,), [30, 40, 50]),  # newer than what is kept: it may be mended
+        (1, 0, (40,), [50]),
         (1, 0, (50,), [50]),  # saved anew, so no longer rejected
         (1, 0, (10, 40), [50]),
     ],
@@ -99,7 +100,10 @@ def test_prune_keeps_what_was_just_saved_below_a_rejected_step(tmp_path: Path) -
     for step in (10, 15, 20):
         save(storage, step)
     prune(storage, saved=15, keep=1, keep_every=0, rejected=(20,))
-    assert list(complete_folders(storage)) == [15]
+    assert list(complete_folders(storage)) == [15, 20]
+    save(storage, 25)
+    prune(storage, saved=25, keep=1, keep_every=0, rejected=(20,))
+    assert list(complete_folders(storage)) == [25]
 
 
 class Interrupted(Exception):
