@@ -48,7 +48,7 @@ class Ours:
         """Fill `tensors` from the holder's memory, as a successor of this process would."""
         successor = self._new_manager()
         resumed = successor.resume(lambda *_: tensors)
-        successor.close()
+        successor.close(finished=False)  # the holder is still this one's
         if resumed is None or not resumed.from_memory or resumed.step != step:
             raise RuntimeError(f"the snapshot of step {step} is not in memory: {resumed}")
 
