@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,12 @@ from phalanx.checkpoint.finding import Finder, Origin
 from phalanx.checkpoint.holder_client import HolderGone
 from phalanx.checkpoint.job import job_name, read_job
 from phalanx.checkpoint.monitoring import Monitor
-from phalanx.checkpoint.nodes import Node, find_node
+from phalanx.checkpoint.nodes import PATIENCE, find_node, leaders_of, store_host
 from phalanx.checkpoint.peers import CheckpointError, Peers
 from phalanx.checkpoint.snapshot import Snapshots, Taken
 from phalanx.checkpoint.storage import open_storage
 from phalanx.parallel.ranks import Ranks
 
-PATIENCE = timedelta(days=1)
-"""How long ranks wait for others that copy, or write to slow storage; a dead one is noticed."""
 EventSink = Callable[[str, dict[str, Any]], None]
 Wanted = Callable[[int, set[str], dict[str, Any]], Mapping[str, Tensor]]
 """`wanted(step, names, meta)`: what to fill of a state that holds `names`."""
@@ -80,10 +77,10 @@ class CheckpointManager:
             self._peers,
             ranks_per_node=ranks.ranks_per_node,
             racks=racks,
-            store_host=_store_host(),
+            store_host=store_host(),
         )
         copying = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._leaders = _leaders(self._node)
+        self._leaders = leaders_of(self._node)
         self._log_dir = log_dir
         self._device = ranks.device
         self._copying = copying
@@ -386,26 +383,6 @@ class CheckpointManager:
             print(f"phalanx: {text}", file=sys.stderr, flush=True)
 
 
-def _leaders(node: Node) -> Peers | None:
-    """The first ranks of all nodes, for such a rank; collective."""
-    leaders = [node.ranks_of(number)[0] for number in range(node.count)]
-    others = [rank for rank in range(node.count * node.ranks_per_node) if rank not in leaders]
-    group = dist.new_group(leaders, backend="gloo", timeout=PATIENCE)
-    if others:
-        # torch names a group that its ranks make among themselves (pipeline channels) by how many
-        # they made before, so every rank has to make as many.
-        dist.new_group(others, backend="gloo")
-    return Peers(group) if node.leader else None
-
-
-def _store_host() -> str | None:
-    """The machine where the ranks met."""
-    store: Any = dist.distributed_c10d._get_default_store()
-    while hasattr(store, "underlying_store"):
-        store = store.underlying_store
-    return getattr(store, "host", None)
-
-
 def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `meta` as it will be read again."""
     try:
@@ -413,6 +390,3 @@ def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"meta: only what JSON holds can be saved ({error})") from None
     return copy
-
-
-__all__ = ["CheckpointManager", "Node", "Resumed"]

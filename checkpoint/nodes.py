@@ -4,9 +4,16 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 from phalanx.checkpoint.peers import Peers
+
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for others that copy, or write to slow storage; a dead one is noticed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,3 +121,23 @@ def _host(towards: str | None) -> str:
 
 def _is_loopback(host: str) -> bool:
     return host.startswith("127.") or host in ("::1", "localhost")
+
+
+def leaders_of(node: Node) -> Peers | None:
+    """The first ranks of all nodes, for such a rank; collective."""
+    leaders = [node.ranks_of(number)[0] for number in range(node.count)]
+    others = [rank for rank in range(node.count * node.ranks_per_node) if rank not in leaders]
+    group = dist.new_group(leaders, backend="gloo", timeout=PATIENCE)
+    if others:
+        # torch names a group that its ranks make among themselves (pipeline channels) by how many
+        # they made before, so every rank has to make as many.
+        dist.new_group(others, backend="gloo")
+    return Peers(group) if node.leader else None
+
+
+def store_host() -> str | None:
+    """The machine where the ranks met."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return getattr(store, "host", None)

@@ -23,15 +23,15 @@ from phalanx.train.config import Config
 from phalanx.train.data.source import Batch, BatchSource, Prefetcher
 from phalanx.train.data.tokenizer import load_tokenizer
 from phalanx.train.flops import flops_per_token
+from phalanx.train.go_on import go_on
 from phalanx.train.loss import world_sums
 from phalanx.train.metrics import StepRecord, StepTimer
 from phalanx.train.optim.schedule import learning_rate
 from phalanx.train.pipeline_watch import PipelineWatch
 from phalanx.train.profile import ProfileWindow
 from phalanx.train.report import RunReport
-from phalanx.train.resume import KIND, changed_settings, check_continues, check_wanted
 from phalanx.train.sample import generate
-from phalanx.train.state import describe, progress, random_states, restore_random_states
+from phalanx.train.state import describe, progress, random_states
 from phalanx.train.step import Engine
 
 
@@ -81,9 +81,10 @@ class Trainer:
             log_dir=self.run_dir / "logs",
         )
         self._about = describe(config, self.mesh, 0)
-        self.saved_step: int | None = None
+        gone_on = go_on(self.checkpoints, self.engine, config, ranks=ranks, events=self.events)
+        self.first_step = gone_on.step
+        self.saved_step = gone_on.saved_step
         """Of the newest checkpoint in storage."""
-        self.first_step = self._resume()
         self.report = RunReport(
             config,
             self.run_dir,
@@ -323,66 +324,6 @@ class Trainer:
         )
         if durable and not self.config.checkpoint.async_save:
             self.checkpoints.wait()
-
-    def _resume(self) -> int:
-        """Load the newest state, in memory or in storage; the step to go on from, 0 without one."""
-        given: dict[str, dict[str, Tensor]] = {}
-
-        def wanted(step: int, names: set[str], meta: dict[str, Any]) -> dict[str, Tensor]:
-            check_wanted(step, self.config)
-            if meta.get("kind") == KIND:
-                check_continues(meta, self.config)
-            tensors = self.engine.state_tensors()
-            if not any(name.startswith("optim.") for name in names):
-                if given:  # a loading that failed has left numbers in the optimizer's states
-                    raise ValueError(
-                        f"checkpoint.dir={self.config.checkpoint.dir}: of step {step} there are "
-                        "weights alone, and all that is newer is broken; see `phalanx checkpoint "
-                        "verify --repair`, or begin anew from the weights in another run.dir"
-                    )
-                tensors = {n: t for n, t in tensors.items() if n.startswith("model.")}
-            rng = random_states(self.ranks.rank, self.ranks.device)
-            given["rng"] = {n: t for n, t in rng.items() if n in names}
-            residuals = self.engine.rank_tensors()
-            given["owed"] = {n: t for n, t in residuals.items() if n in names}
-            for residual in residuals.values():
-                residual.zero_()  # not what a loading that failed has left
-            return tensors | given["rng"] | given["owed"]
-
-        resumed = self.checkpoints.resume(wanted)
-        if resumed is None:
-            self._tell_lost()
-            return 0
-        meta = resumed.meta
-        if meta.get("kind") != KIND:
-            self.events.record("weights_loaded", step=resumed.step)
-            return 0
-        restore_random_states(given["rng"], self.ranks.device)
-        step = check_continues(meta, self.config)
-        self.saved_step = resumed.saved_step
-        changes = changed_settings(meta, self.config)
-        where = "memory" if resumed.from_memory else "storage"
-        self.events.record(
-            "resumed", step=step, source=where, saved_layout=meta["layout"], changed=changes
-        )
-        if self.ranks.rank == 0:
-            told = f"; changed since: {', '.join(changes)}" if changes else ""
-            if self.config.zero.error_feedback and not given["owed"]:
-                told += "; zero.error_feedback begins at zero: none was saved in this layout"
-            what = "snapshot in memory" if resumed.from_memory else "checkpoint"
-            print(f"phalanx: going on from the {what} of step {step}{told}", flush=True)
-        return step
-
-    def _tell_lost(self) -> None:
-        """Say so where a run that was underway has left nothing to go on from."""
-        metrics = self.run_dir / "metrics.jsonl"
-        if self.ranks.rank == 0 and metrics.exists() and metrics.stat().st_size:
-            self.events.record("begun_anew")
-            print(
-                f"phalanx: nothing is left of the run that was in {self.run_dir}, in memory or in "
-                "storage: beginning anew",
-                flush=True,
-            )
 
     def _evaluate(self, done: int) -> None:
         count = self.config.training.eval_batches

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from phalanx.checkpoint.manager import CheckpointManager
+from phalanx.fault.events import EventLog
 from phalanx.parallel.ranks import Ranks
 from phalanx.train.config import Config
+from phalanx.train.go_on import go_on
 from phalanx.train.step import Engine
-from phalanx.train.trainer import Trainer
 
 
 class _Engine:
@@ -25,27 +26,29 @@ class _Engine:
         return {"residual.0.w": self.owed}
 
 
-def _resuming(*found: set[str]) -> Trainer:
-    """A trainer before it resumes; of these states, all but the last turn out to be broken."""
+def _go_on(*found: set[str]) -> _Engine:
+    """Resume where of these states all but the last turn out to be broken."""
 
     def resume(wanted: Callable[..., dict[str, torch.Tensor]]) -> None:
         for names in found:
             assert wanted(4, names, {}).keys() <= names
 
-    trainer = Trainer.__new__(Trainer)
-    trainer.config, trainer.engine = Config(), cast(Engine, _Engine())
-    trainer.ranks = Ranks(rank=0, world_size=1)
-    trainer.checkpoints = cast(CheckpointManager, SimpleNamespace(resume=resume))
-    return trainer
+    engine = _Engine()
+    done = go_on(
+        cast(CheckpointManager, SimpleNamespace(resume=resume)),
+        cast(Engine, engine),
+        Config(),
+        ranks=Ranks(rank=0, world_size=1),
+        events=EventLog(None),
+    )
+    assert done.step == 0
+    return engine
 
 
 def test_what_a_broken_checkpoint_left_in_the_state_is_never_trained_on() -> None:
     weights, whole = {"model.w"}, {"model.w", "optim.exp_avg.w", "rng.cpu.0"}
-    assert _resuming(weights)._resume() == 0
-    older = _resuming(whole | {"residual.0.w"}, whole)
-    assert older._resume() == 0
-    assert not older.engine.rank_tensors()["residual.0.w"].any()
-    with pytest.raises(
-        ValueError, match=r"of step 4 there are weights alone, and all that is newe"
-    ):
-        _resuming(whole, weights)._resume()
+    _go_on(weights)
+    older = _go_on(whole | {"residual.0.w"}, whole)
+    assert not older.rank_tensors()["residual.0.w"].any()
+    with pytest.raises(ValueError, match=r"of step 4 there are weights alone, and all that is new"):
+        _go_on(whole, weights)
