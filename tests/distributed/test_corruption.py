@@ -277,10 +277,10 @@ def inject(ranks: Ranks, root: Path, count: int) -> Tally:
         before = [contents(trial.files.good) for trial in trials]
         for trial in trials:
             trial.check_untouched()
-        whats = list(FAULTS)
+        kinds = list(FAULTS)
         for number in range(count):
             trial = trials[number % len(trials)]
-            trial.run(whats[number // len(trials) % len(whats)], number, tally)
+            trial.run(kinds[number // len(trials) % len(kinds)], number, tally)
         assert [contents(trial.files.good) for trial in trials] == before
     return tally
 
