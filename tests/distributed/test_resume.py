@@ -79,8 +79,12 @@ def train_rank(ranks: Ranks, config: Config, kill_at: int | None = None) -> dict
 
         def step(self: Any, number: int, *args: Any) -> Any:
             if number == kill_at:
-                saved = folder_name(kill_at // 6 * 6)
-                while not (Path(config.checkpoint.dir) / saved / "manifest.json").exists():
+                every = config.checkpoint.every
+                saved = folder_name(kill_at // every * every)
+                while (
+                    kill_at >= every
+                    and not (Path(config.checkpoint.dir) / saved / "manifest.json").exists()
+                ):
                     time.sleep(0.002)
                 os.kill(os.getpid(), signal.SIGKILL)
             return step_as_before(self, number, *args)
