@@ -97,8 +97,7 @@ def write_durable(
 
 def _drain(taken: Taken, folder: str, *, storage: Storage, place: Place) -> dict[str, Any]:
     """Have this node's holder write its files."""
-    client = place.connect()
-    try:
+    with place.connect() as client:
         return client.drain(
             taken.epoch.name,
             taken.slot,
@@ -107,8 +106,6 @@ def _drain(taken: Taken, folder: str, *, storage: Storage, place: Place) -> dict
             folder=folder,
             storage=asdict(place.config.storage),
         )
-    finally:
-        client.close()
 
 
 def _check_all_here(storage: Storage, folder: str, files: list[StoredPart | StoredParity]) -> None:

@@ -148,10 +148,10 @@ def open_epoch(chunks: Mapping[str, Chunk], *, place: Place, peers: Peers, copie
 
     def open_here() -> None:
         if node.leader:
-            client = place.connect()
             # What was held before goes with the first commit; the second generation comes then.
-            client.open(spec, member=node.number, populate=1 if held[0] else place.populated)
-            client.close()
+            populate = 1 if held[0] else place.populated
+            with place.connect() as client:
+                client.open(spec, member=node.number, populate=populate)
 
     peers.agree("reserve memory for snapshots", open_here)
     attached: list[tuple[HolderClient, list[memoryview]]] = []
@@ -185,14 +185,11 @@ def _spec(place: Place, tables: list[PartTable], groups: list[tuple[int, ...]]) 
 def _start(nbytes: int, *, place: Place, num_nodes: int, held: list[int]) -> Any:
     """Start this node's holder; its address where it has to do with others. Adds to `held` the
     bytes that it has from an earlier start."""
-    client = place.start_holder()
-    try:
+    with place.start_holder() as client:
         _check_unused(client, place)
         held.append(sum(epoch["bytes"] for epoch in client.inventory()["epochs"]))
         check_host_memory(nbytes, place=place, num_nodes=num_nodes, held=held[0])
         return client.listen(place.node.host) if place.num_parity else None
-    finally:
-        client.close()
 
 
 def _check_unused(client: HolderClient, place: Place) -> None:

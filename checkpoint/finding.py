@@ -1,6 +1,5 @@
 """The newest state that a run can go on from, in memory or in storage, and loading it."""
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,12 +120,10 @@ class Finder:
             casts = sorted({name for _, names in answers for name in names})
             if casts:
                 self._report("checkpoint_cast", step=origin.step, names=casts)
-                if self._peers.rank == 0:
-                    print(
-                        f"phalanx: {len(casts)} tensors of {origin.text} are rounded to a narrower "
-                        f"type ({casts[0]}, ...)",
-                        file=sys.stderr,
-                    )
+                self._peers.say(
+                    f"{len(casts)} tensors of {origin.text} are rounded to a narrower type "
+                    f"({casts[0]}, ...)"
+                )
             self.moved = load(source, wanted, peers=self._peers)
             if isinstance(source, MemorySource):
                 source.check_unchanged(self._peers)
@@ -144,7 +141,7 @@ class Finder:
             self.rejected.add(origin.step)
             path = f"{self._storage.url}/{origin.folder}"
             self._report("checkpoint_rejected", step=origin.step, path=path, reason=reason)
-        self._say(f"{origin.text} of step {origin.step} refused: {reason}")
+        self._peers.say(f"{origin.text} of step {origin.step} refused: {reason}")
 
     def _newest_durable(self) -> Origin | None:
         folders = self._complete()
@@ -163,7 +160,7 @@ class Finder:
         found, reasons = find(self.place, self._peers, without=self._lost, durable=durable)
         for reason in reasons:
             self._report("snapshot_lost", reason=reason)
-            self._say(reason)
+            self._peers.say(reason)
         if found is None:
             return None
         return Origin(step=found.step, memory=found)
@@ -211,7 +208,3 @@ class Finder:
 
         reasons = self._peers.agree("look at the files", compare)
         return next((reason for reason in reasons if reason is not None), manifest)
-
-    def _say(self, text: str) -> None:
-        if self._peers.rank == 0:
-            print(f"phalanx: {text}", file=sys.stderr, flush=True)

@@ -19,14 +19,13 @@ from pathlib import Path
 from phalanx.checkpoint.holder_connection import Connection
 from phalanx.checkpoint.holder_service import Service
 from phalanx.checkpoint.holder_socket import Lock, same_user, socket_path
+from phalanx.checkpoint.holder_spec import TAKEN
 
 FIRST_S = 60.0
 """Seconds that a holder waits for its first rank, at least."""
 LOOK_S = 0.25
 """Seconds between two looks whether ranks are there."""
 BACKLOG = 512
-TAKEN = 3
-"""Exit code: another process is the node's holder."""
 
 logger = logging.getLogger(__name__)
 

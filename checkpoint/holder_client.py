@@ -15,12 +15,10 @@ from typing import Any
 
 from phalanx.checkpoint.holder_line import HolderGone, Line, mapped
 from phalanx.checkpoint.holder_socket import all_sockets, kill_silent
-from phalanx.checkpoint.holder_spec import VERSION, HolderError
+from phalanx.checkpoint.holder_spec import TAKEN, VERSION, HolderError
 
 START_S = 30.0
 """Seconds that a holder may take to start, or one that ends to be gone."""
-TAKEN = 3
-"""Exit code of a holder where there was one already."""
 
 __all__ = ["HolderClient", "HolderError", "HolderGone", "find_holders", "start_holder"]
 
@@ -67,11 +65,8 @@ def find_holders() -> list[tuple[str, int]]:
 def _answers(job: str, node: int) -> bool:
     """Whether there is a holder; one that is being killed may still take connections."""
     try:
-        client = HolderClient.connect(job, node)
-        try:
+        with HolderClient.connect(job, node) as client:
             client.hello()
-        finally:
-            client.close()
     except HolderGone:
         return False
     except HolderError:

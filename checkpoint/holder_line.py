@@ -56,6 +56,12 @@ class Line:
         """Whether the holder has died, as far as is known here; asks nothing."""
         return hung_up(self._sock)
 
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Hang up. What this client attached stays mapped as long as somebody has its views."""
         self._sock.close()

@@ -10,6 +10,8 @@ from phalanx.checkpoint.transport import Address
 
 VERSION = 1
 """Of what holders and their callers say to each other."""
+TAKEN = 3
+"""Exit code of a holder where there was one already."""
 
 
 class HolderError(RuntimeError):

@@ -6,7 +6,6 @@ whichever has the newest (`finding`), box by box (`reshard`).
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -325,14 +324,16 @@ class CheckpointManager:
         while self._lost:
             step = self._lost.pop(0)
             self._report("holder_lost", step=step)
-            self._say(f"a node's holder has died before the snapshot of step {step}; starting anew")
+            self._peers.say(
+                f"a node's holder has died before the snapshot of step {step}; starting anew"
+            )
         while self._opened:
             epoch = self._opened.pop(0)
             groups = [list(group) for group in epoch.groups]
             nbytes = sum(table.nbytes for table in epoch.tables)
             self._report("snapshot_opened", groups=groups, bytes=nbytes)
             for warning in epoch.warnings:
-                self._say(f"note: {warning}")
+                self._peers.say(f"note: {warning}")
         while self._taking and self._taking[0][1].done():
             step, taking = self._taking.pop(0)
             error = taking.exception()
@@ -340,7 +341,7 @@ class CheckpointManager:
                 self.monitor.taken(taking.result())
             else:
                 self._report("snapshot_failed", step=step, reason=str(error))
-                self._say(f"the snapshot of step {step} failed: {error}")
+                self._peers.say(f"the snapshot of step {step} failed: {error}")
         while self._saving and self._saving[0][1].done():
             step, saving = self._saving.pop(0)
             self._end_save(step, saving)
@@ -350,7 +351,7 @@ class CheckpointManager:
         if error is not None:
             self._failed = f"the checkpoint of step {step} could not be saved: {error}"
             self._report("checkpoint_failed", step=step, reason=str(error))
-            self._say(self._failed)
+            self._peers.say(self._failed)
             return
         self._failed = None
         saved = saving.result()
@@ -369,18 +370,12 @@ class CheckpointManager:
     def _finish_holder(self) -> None:
         if not self._node.leader or self._place is None:
             return
-        with suppress(HolderGone):
-            client = self._place.connect()
+        with suppress(HolderGone), self._place.connect() as client:
             client.finish()
-            client.close()
 
     def _report(self, name: str, **facts: Any) -> None:
         if self._peers.rank == 0:
             self._on_event(name, facts)
-
-    def _say(self, text: str) -> None:
-        if self._peers.rank == 0:
-            print(f"phalanx: {text}", file=sys.stderr, flush=True)
 
 
 def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,17 +100,14 @@ def _parts(found: Found, *, place: Place, peers: Peers) -> list[Any]:
         return list(epochs[found.epoch]["parts"])
 
     answers = peers.agree("read the snapshot's tables", ask)
-    return answers[place.node.ranks_of(first)[0]]
+    return answers[place.node.leaders[first]]
 
 
 def _inventory(place: Place) -> dict[str, Any] | None:
     """What this node's holder has; None where there is none, or it is just ending."""
     try:
-        client = place.connect()
-        try:
+        with place.connect() as client:
             return client.inventory()
-        finally:
-            client.close()
     except HolderGone:
         return None
 
@@ -128,7 +125,7 @@ def _inventories(place: Place, peers: Peers) -> list[dict[str, Any] | None]:
         return inventory
 
     answers = peers.agree("ask the holders", ask)
-    return [answers[place.node.ranks_of(n)[0]] for n in range(place.node.count)]
+    return [answers[rank] for rank in place.node.leaders]
 
 
 def recover(found: Found, *, place: Place, peers: Peers) -> MemorySource:
@@ -161,11 +158,8 @@ def _without_damaged(found: Found, *, place: Place, peers: Peers) -> Found:
         mine = [m for m, (node, _) in found.where.items() if node == place.node.number]
         if not place.node.leader or not mine:
             return []
-        client = place.connect()
-        try:
+        with place.connect() as client:
             return [m for m in mine if not client.verify(found.epoch, m, found.where[m][1])]
-        finally:
-            client.close()
 
     bad = {m for part in peers.agree("check the snapshot", damaged) for m in part}
     if not bad:
@@ -194,21 +188,17 @@ def _rebuild(found: Found, *, place: Place, peers: Peers) -> Found:
         """Where this node's holder, started if it was lost, is reached."""
         if not place.node.leader:
             return None
-        client = place.start_holder()
-        try:
+        with place.start_holder() as client:
             return client.listen(place.node.host)
-        finally:
-            client.close()
 
     answers = peers.agree("start the holders", listen)
-    address = [answers[place.node.ranks_of(n)[0]] for n in range(place.node.count)]
+    address = [answers[rank] for rank in place.node.leaders]
 
     def rebuild() -> None:
         mine = [m for m, node in homes.items() if node == place.node.number]
         if not place.node.leader or not mine:
             return
-        client = place.connect()
-        try:
+        with place.connect() as client:
             for member in mine:
                 group = next(g for g in found.spec["groups"] if member in g)
                 client.rebuild(
@@ -219,8 +209,6 @@ def _rebuild(found: Found, *, place: Place, peers: Peers) -> Found:
                     digests=found.digests,
                     sources={m: address[found.where[m][0]] for m in group if m in found.where},
                 )
-        finally:
-            client.close()
 
     peers.agree("rebuild the lost nodes' snapshots", rebuild)
     inventories = _inventories(place, peers)

@@ -37,6 +37,11 @@ class Node:
     """Label of every node's failure domain; "" = shared with nobody. Nodes without one that share a
     machine have the machine's name."""
 
+    @property
+    def leaders(self) -> list[int]:
+        """The first rank of every node, by node."""
+        return [number * self.ranks_per_node for number in range(self.count)]
+
     def ranks_of(self, number: int) -> list[int]:
         """Ranks of a node."""
         return list(range(number * self.ranks_per_node, (number + 1) * self.ranks_per_node))
@@ -125,9 +130,8 @@ def _is_loopback(host: str) -> bool:
 
 def leaders_of(node: Node) -> Peers | None:
     """The first ranks of all nodes, for such a rank; collective."""
-    leaders = [node.ranks_of(number)[0] for number in range(node.count)]
-    others = [rank for rank in range(node.count * node.ranks_per_node) if rank not in leaders]
-    group = dist.new_group(leaders, backend="gloo", timeout=PATIENCE)
+    others = [r for r in range(node.count * node.ranks_per_node) if r not in node.leaders]
+    group = dist.new_group(node.leaders, backend="gloo", timeout=PATIENCE)
     if others:
         # torch names a group that its ranks make among themselves (pipeline channels) by how many
         # they made before, so every rank has to make as many.

@@ -1,5 +1,6 @@
 """What ranks tell each other about a checkpoint: a failure on one is known to all."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,6 +20,11 @@ class Peers:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+
+    def say(self, text: str) -> None:
+        """Tell the person at the terminal, once."""
+        if self.rank == 0:
+            print(f"phalanx: {text}", file=sys.stderr, flush=True)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank, by rank."""

@@ -39,11 +39,8 @@ def in_memory(job: str | None = None) -> tuple[list[InMemory], list[str]]:
         if job not in (None, name):
             continue
         try:
-            client = HolderClient.connect(name, node)
-            try:
+            with HolderClient.connect(name, node) as client:
                 found += _of_holder(name, node, client.inventory())
-            finally:
-                client.close()
         except (HolderGone, HolderError) as error:
             silent.append(f"the holder of job {name}, node {node} does not answer: {error}")
     return found, silent

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,11 +105,9 @@ def test_tables_are_told_by_one_node_and_only_once_a_snapshot_is_chosen() -> Non
             told.append(value)
             return [value]
 
-    client = SimpleNamespace(
-        inventory=lambda: json.loads(json.dumps({"epochs": epochs})), close=lambda: None
-    )
-    node = SimpleNamespace(leader=True, number=0, count=1, ranks_of=lambda number: [0])
-    place: Any = SimpleNamespace(node=node, connect=lambda: client)
+    client = SimpleNamespace(inventory=lambda: json.loads(json.dumps({"epochs": epochs})))
+    node = SimpleNamespace(leader=True, number=0, count=1, leaders=[0])
+    place: Any = SimpleNamespace(node=node, connect=lambda: nullcontext(client))
     found, reasons = find(place, Listening(None))
     assert found is not None
     assert (found.step, found.spec, reasons) == (7, spec, [])
