@@ -14,6 +14,9 @@ _FOLLOWS = re.compile(
     re.IGNORECASE,
 )
 """What a rank says when a peer has gone."""
+_CRASH = "Fatal Python error: "
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+TAIL_LINES = 20
 
 
 class BadInput(ValueError):
@@ -83,11 +86,15 @@ def death(status: int, log: Path | None) -> str:
             text += "; when nobody sent it, the machine ran out of memory (see `dmesg`)"
     else:
         text = f"ended with exit code {status} and no result"
-    tail = _tail(log)
+    said = log.read_text(errors="replace") if log is not None and log.exists() else ""
+    if -status in _CRASHES and _CRASH in said:
+        return f"{text}\n{_crash(said)}\nmore in {log}"
+    tail = "\n".join(said.splitlines()[-TAIL_LINES:])
     return f"{text}\nlast lines of {log}:\n{tail}" if tail else text
 
 
-def _tail(log: Path | None, lines: int = 20) -> str:
-    if log is None or not log.exists():
-        return ""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+def _crash(said: str) -> str:
+    """What Python's fault handler said last: why, and what the thread did that crashed."""
+    why, *threads = said.rpartition(_CRASH)[2].split("\n\n")
+    current = [thread for thread in threads if thread.startswith("Current thread")]
+    return "\n".join([_CRASH + why, *(current or ["in a thread that runs no Python"])])

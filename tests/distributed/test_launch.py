@@ -1,9 +1,11 @@
 """Ranks are started, fail, are stopped and never outlive who started them."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,13 @@ def fail_alone(ranks: Ranks) -> None:
     if ranks.rank == 1:
         raise ZeroDivisionError("the culprit")
     time.sleep(600)
+
+
+def crash(ranks: Ranks) -> None:
+    """While many threads are there, whose stacks a log ends with."""
+    for _ in range(30):
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    ctypes.string_at(0)
 
 
 def until_stopped(ranks: Ranks, folder: Path) -> str:
@@ -165,6 +174,13 @@ def test_a_killed_rank_is_named_with_its_signal(who: int) -> None:
     with pytest.raises(RankFailed, match="killed by SIGKILL") as error:
         launch(fail, who, "kill", world_size=3, config=CPU)
     assert error.value.rank == who
+
+
+def test_a_crash_shows_the_thread_that_crashed(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match="killed by SIGSEGV") as error:
+        launch(crash, world_size=1, config=CPU, log_dir=tmp_path)
+    assert "Fatal Python error: Segmentation fault" in str(error.value)
+    assert "in crash" in str(error.value).partition("Current thread")[2]
 
 
 def test_ranks_that_do_not_notice_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
