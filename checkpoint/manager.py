@@ -20,15 +20,16 @@ from torch import Tensor
 from phalanx.checkpoint.boxes import Boxes
 from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.checkpoint.durable import Saved, write_durable
-from phalanx.checkpoint.epoch import Epoch, Place
+from phalanx.checkpoint.epoch import Place
 from phalanx.checkpoint.finding import Finder, Origin
 from phalanx.checkpoint.holder_client import HolderGone
 from phalanx.checkpoint.job import job_name, read_job
 from phalanx.checkpoint.monitoring import Monitor
 from phalanx.checkpoint.nodes import PATIENCE, find_node, leaders_of, store_host
 from phalanx.checkpoint.peers import CheckpointError, Peers
-from phalanx.checkpoint.snapshot import Snapshots, Taken
+from phalanx.checkpoint.snapshot import Snapshots, StorageBusyError, Taken
 from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.underway import Underway
 from phalanx.parallel.ranks import Ranks
 
 EventSink = Callable[[str, dict[str, Any]], None]
@@ -52,9 +53,11 @@ class CheckpointManager:
 
     Args:
         on_event: called on rank 0, in the calling thread: "checkpoint_saved" (step, seconds, bytes,
-            deleted), "checkpoint_failed" (step, reason), "checkpoint_not_deleted" (step, reason),
+            deleted), "checkpoint_failed" (step, reason), "checkpoint_skipped" (step),
+            "checkpoint_not_deleted" (step, reason),
             "checkpoint_rejected" (step, path, reason), "checkpoint_cast" (step, names),
             "snapshot_opened" (groups, bytes), "snapshot_failed" (step, reason),
+            "snapshot_skipped" (step),
             "snapshot_lost" (reason), "snapshot_rejected" (step, reason), "holder_lost" (step).
         racks: failure domain of each node, see launch.racks.
     """
@@ -93,16 +96,15 @@ class CheckpointManager:
             self._storage, place=self._place, peers=self._peers, report=self._report
         )
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._taking: list[tuple[int, Future[Taken]]] = []
-        self._saving: list[tuple[int, Future[Saved]]] = []
         self._newest: tuple[int, Future[Taken]] | None = None
         """The last snapshot, unless it was durable."""
-        self._opened: list[Epoch] = []
-        self._lost: list[int] = []
-        """Steps at which a holder had died since the snapshot before."""
-        self._failed: str | None = None
-        """Why the newest checkpoint that was asked for could not be saved."""
         self.monitor = Monitor(config.snapshot)
+        self._underway = Underway(
+            peers=self._peers,
+            report=self._report,
+            monitor=self.monitor,
+            on_saved=self._finder.rejected.discard,
+        )
 
     # --- saving -----------------------------------------------------------------------------------
 
@@ -113,7 +115,7 @@ class CheckpointManager:
             CheckpointError: too little host memory, no storage, no holder; says which and how much.
         """
         self._started().prepare(self._boxes.of(tensors))
-        self._poll()
+        self._underway.poll()
 
     def snapshot(
         self,
@@ -123,9 +125,13 @@ class CheckpointManager:
         *,
         eager: Mapping[str, Tensor] | None = None,
         durable: bool = False,
+        may_skip: bool = False,
     ) -> float:
         """Begin a snapshot of `step`, and with `durable` its way to storage; where the step's
         snapshot was begun before, that one's.
+
+        Where storage has not yet written the one before, that is waited for; with `may_skip` it is
+        not, this one stays out of storage, and so it is reported.
 
         Where ranks hold the same name, they hold parts or equal copies of one tensor. `tensors` is
         asked in another thread, and what it gives may change only after `before_update`; what is
@@ -138,9 +144,10 @@ class CheckpointManager:
             ValueError: `meta` is not what JSON holds, or placements are not understood.
         """
         start = time.perf_counter()
-        self._poll()
+        self._underway.poll()
         snapshots = self._started()
-        pin = durable and self._node.leader
+        if durable and not may_skip:
+            self._underway.wait_for_storage()
         taking = self._taken_already(step) if durable else None
         if taking is None:
             taking = snapshots.take(
@@ -148,14 +155,14 @@ class CheckpointManager:
                 lambda: self._boxes.of(tensors()),
                 eager=self._eager_boxes.of(eager or {}),
                 meta=_as_json(meta),
-                pin=pin,
+                durable=durable,
             )
-            self._taking.append((step, taking))
-        elif pin:
+            self._underway.taking(step, taking, durable=durable)
+        elif self._node.leader:
             snapshots.pin(taking.result())
         self._newest = None if durable else (step, taking)
-        if pin:
-            self._saving.append((step, self._writer.submit(self._write, taking)))
+        if durable and self._node.leader:
+            self._underway.saving(step, self._writer.submit(self._write, taking))
         seconds = time.perf_counter() - start
         self.monitor.stalled(seconds)
         return seconds
@@ -170,7 +177,7 @@ class CheckpointManager:
         """Wait until the tensors of the last snapshot may change."""
         if self._snapshots is not None:
             self.monitor.stalled(self._snapshots.before_update())
-            self._poll()
+            self._underway.poll()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> float:
         """Save a checkpoint; asynchronously where the configuration says so.
@@ -196,13 +203,8 @@ class CheckpointManager:
         Raises:
             CheckpointError: the newest checkpoint asked for could not be saved.
         """
-        for _, taking in list(self._taking):
-            taking.exception()
-        for _, saving in list(self._saving):
-            saving.exception()
-        self._poll()
-        failed = next((text for text in self._peers.gather(self._failed) if text), None)
-        self._failed = None
+        failures = self._peers.gather(self._underway.wait())
+        failed = next((text for text in failures if text), None)
         if failed is not None:
             raise CheckpointError(failed)
 
@@ -298,16 +300,20 @@ class CheckpointManager:
                 )[0]
                 self._finder.place = self._place = self._place_of(job)
             self._snapshots = Snapshots(self._place, group=self._copying, device=self._device)
-            self._snapshots.on_open = self._opened.append
-            self._snapshots.on_lost = self._lost.append
+            self._snapshots.on_open = self._underway.opened.append
+            self._snapshots.on_lost = self._underway.lost.append
         return self._snapshots
 
-    def _write(self, taking: "Future[Taken]") -> Saved:
-        """In the writer's thread, on a node's first rank."""
+    def _write(self, taking: "Future[Taken]") -> Saved | None:
+        """In the writer's thread, on a node's first rank; None where it was skipped."""
         assert self._place is not None
         assert self._leaders is not None
         assert self._snapshots is not None
+        if isinstance(taking.exception(), StorageBusyError):
+            return None
         taken = taking.result()
+        if not taken.durable:
+            return None
         try:
             return write_durable(
                 taken,
@@ -318,54 +324,6 @@ class CheckpointManager:
             )
         finally:
             self._snapshots.release(taken)
-
-    def _poll(self) -> None:
-        """Report what ended in the background."""
-        while self._lost:
-            step = self._lost.pop(0)
-            self._report("holder_lost", step=step)
-            self._peers.say(
-                f"a node's holder has died before the snapshot of step {step}; starting anew"
-            )
-        while self._opened:
-            epoch = self._opened.pop(0)
-            groups = [list(group) for group in epoch.groups]
-            nbytes = sum(table.nbytes for table in epoch.tables)
-            self._report("snapshot_opened", groups=groups, bytes=nbytes)
-            for warning in epoch.warnings:
-                self._peers.say(f"note: {warning}")
-        while self._taking and self._taking[0][1].done():
-            step, taking = self._taking.pop(0)
-            error = taking.exception()
-            if error is None:
-                self.monitor.taken(taking.result())
-            else:
-                self._report("snapshot_failed", step=step, reason=str(error))
-                self._peers.say(f"the snapshot of step {step} failed: {error}")
-        while self._saving and self._saving[0][1].done():
-            step, saving = self._saving.pop(0)
-            self._end_save(step, saving)
-
-    def _end_save(self, step: int, saving: "Future[Saved]") -> None:
-        error = saving.exception()
-        if error is not None:
-            self._failed = f"the checkpoint of step {step} could not be saved: {error}"
-            self._report("checkpoint_failed", step=step, reason=str(error))
-            self._peers.say(self._failed)
-            return
-        self._failed = None
-        saved = saving.result()
-        self._finder.rejected.discard(step)
-        self.monitor.saved(saved)
-        self._report(
-            "checkpoint_saved",
-            step=step,
-            seconds=saved.seconds,
-            bytes=saved.bytes,
-            deleted=saved.deleted,
-        )
-        for problem in saved.not_deleted:
-            self._report("checkpoint_not_deleted", step=step, reason=problem)
 
     def _finish_holder(self) -> None:
         if not self._node.leader or self._place is None:

@@ -23,6 +23,10 @@ from phalanx.checkpoint.epoch import Epoch, Place, open_epoch
 from phalanx.checkpoint.peers import CheckpointError, Peers
 
 
+class StorageBusyError(CheckpointError):
+    """Nothing was taken: storage still has to write an older one, and the newest one stands."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Taken:
     """A committed snapshot."""
@@ -30,6 +34,8 @@ class Taken:
     step: int
     epoch: Epoch
     slot: int
+    durable: bool
+    """Whether its slot stays as it is until `release`, so that it can be written to storage."""
     meta: dict[str, Any]
     time: float
     """Unix seconds of the commit."""
@@ -55,7 +61,7 @@ class _Request:
     eager: dict[str, Chunk]
     ready: "torch.cuda.Event | None"
     meta: Mapping[str, Any]
-    pin: bool
+    durable: bool
     start: float = field(default_factory=time.perf_counter)
     copied: threading.Event = field(default_factory=threading.Event)
     issued: "torch.cuda.Event | None" = None
@@ -81,7 +87,8 @@ class Snapshots:
         self._pinned: set[tuple[str, int]] = set()
         self._older: set[str] = set()
         """Epochs that the node's holder can let go of; known on a node's first rank."""
-        self._freed = threading.Condition()
+        self._lock = threading.Lock()
+        """Around what is pinned or committed."""
         self._request: _Request | None = None
         self._eager: dict[str, Tensor] = {}
         self.on_open: Callable[[Epoch], None] = lambda epoch: None
@@ -104,7 +111,7 @@ class Snapshots:
         *,
         eager: Mapping[str, Chunk],
         meta: Mapping[str, Any],
-        pin: bool = False,
+        durable: bool = False,
     ) -> "Future[Taken]":
         """Begin the snapshot of `step`; returns at once.
 
@@ -112,7 +119,9 @@ class Snapshots:
         was called; those behind `eager` may, they are copied here.
 
         Args:
-            pin: keep the slot as it is until `release`.
+            durable: keep the slot as it is until `release` on every node's first rank. Where one
+                of them has another snapshot pinned, this one is taken without (Taken.durable), or,
+                where no slot is free, not at all (StorageBusyError).
         """
         self.before_update()
         request = _Request(
@@ -121,7 +130,7 @@ class Snapshots:
             eager=self._copied(eager),
             ready=self._copier.mark(),
             meta=meta,
-            pin=pin,
+            durable=durable,
         )
         self._request = request
         return self._thread.submit(self._run, request)
@@ -142,14 +151,14 @@ class Snapshots:
 
     def pin(self, taken: Taken) -> None:
         """Keep the slot of the newest snapshot, after which none was begun, until `release`."""
-        with self._freed:
+        with self._lock:
+            assert not self._pinned, "one snapshot at a time is on its way to storage"
             self._pinned.add((taken.epoch.name, taken.slot))
 
     def release(self, taken: Taken) -> None:
         """Let a pinned slot be used again."""
-        with self._freed:
+        with self._lock:
             self._pinned.discard((taken.epoch.name, taken.slot))
-            self._freed.notify_all()
 
     def close(self) -> None:
         """End the thread, once it has done what it was asked, and let go of the memory."""
@@ -187,8 +196,10 @@ class Snapshots:
     def _run(self, request: _Request) -> Taken:
         try:
             chunks, error = self._found(request)
-            epoch, slot = self._agree(request.step, chunks, error)
+            epoch, slot = self._agree(request, chunks, error)
             return self._take(request, chunks, epoch, slot)
+        except StorageBusyError:
+            raise
         except Exception:
             self._broken = True
             raise
@@ -203,37 +214,39 @@ class Snapshots:
             return {}, error
 
     def _agree(
-        self, step: int, chunks: Mapping[str, Chunk], error: Exception | None
+        self, request: _Request, chunks: Mapping[str, Chunk], error: Exception | None
     ) -> tuple[Epoch, int]:
         """The epoch and the slot that every rank uses for this snapshot."""
-        epoch = self._epoch
+        epoch, step = self._epoch, request.step
         again = step <= self._last_step  # steps of an epoch only grow
         gone = epoch is not None and not self._broken and epoch.client.gone
         stale = again or gone or self._broken or epoch is None or not epoch.fits(chunks)
         self._last_step = step
         slot = self._free_slot() if self._peers.rank == 0 and not stale else 0
-        mine = [stale, gone, slot, error is not None]
-        anew, lost, slot, failed = self._reduce(mine, dist.ReduceOp.MAX)
+        mine = [stale, gone, slot, error is not None, request.durable and bool(self._pinned)]
+        anew, lost, slot, failed, busy = self._reduce(mine, dist.ReduceOp.MAX)
         if failed:
             self._fail(step, error)
+        if busy:
+            request.durable = False
         if lost:
             self.on_lost(step)
         if anew:
             return self._open(chunks), 0
+        if slot == self._place.slots:
+            raise StorageBusyError(f"snapshot of step {step}: no memory is free for it")
         assert epoch is not None
         return epoch, slot
 
     def _free_slot(self) -> int:
         """A slot that holds neither the committed snapshot nor one that is still being written to
-        storage; waits for one. Rank 0 decides for all."""
+        storage; the number behind the last where there is none. Rank 0 decides for all."""
         assert self._epoch is not None
         name = self._epoch.name
-        with self._freed:
-            while True:
-                for slot in range(self._place.slots):
-                    if (name, slot) != self._committed and (name, slot) not in self._pinned:
-                        return slot
-                self._freed.wait()
+        with self._lock:
+            used = {self._committed, *self._pinned}
+        slots = range(self._place.slots)
+        return next((n for n in slots if (name, n) not in used), len(slots))
 
     def _take(
         self, request: _Request, chunks: Mapping[str, Chunk], epoch: Epoch, slot: int
@@ -259,20 +272,22 @@ class Snapshots:
         digests = [0] * node.count
         if node.leader:
             digests[node.number] = _signed(work["digest"])
-        digests = self._reduce(digests, dist.ReduceOp.SUM)
-        self._all_or_none(request.step, error)
+        *digests, failed = self._reduce([*digests, error is not None], dist.ReduceOp.SUM)
+        if failed:
+            self._fail(request.step, error)
         if node.leader:
             try:
                 self._commit(request, epoch, slot, [digest % 2**64 for digest in digests])
             except Exception as caught:
                 error = caught
         self._all_or_none(request.step, error)  # nobody writes to storage what another gave up
-        with self._freed:
+        with self._lock:
             self._committed = epoch.name, slot
         taken = Taken(
             step=request.step,
             epoch=epoch,
             slot=slot,
+            durable=request.durable,
             meta=dict(request.meta),
             time=time.time(),
             bytes=epoch.table.nbytes,
@@ -282,7 +297,7 @@ class Snapshots:
             sent_s=work["sent_s"],
             sent_bytes=work["sent_bytes"],
         )
-        if request.pin:
+        if request.durable and node.leader:
             self.pin(taken)
         return taken
 
@@ -311,7 +326,7 @@ class Snapshots:
         if epoch.first:
             self._older = {item["epoch"] for item in client.inventory()["epochs"]} - {epoch.name}
             epoch.first = False
-        with self._freed:  # what is on its way to storage stays until a later commit
+        with self._lock:  # what is on its way to storage stays until a later commit
             idle = self._older - {name for name, _ in self._pinned}
         for name in idle:
             client.forget(name)

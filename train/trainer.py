@@ -195,7 +195,8 @@ class Trainer:
             # After its line is written: no resume finds a state whose steps were not logged.
             # The seconds are charged to the next line.
             with self.timer("checkpoint"):
-                self._save(step + 1, durable=self._save_is_due(step + 1))
+                last = stopping or step + 1 == training.steps
+                self._save(step + 1, durable=self._save_is_due(step + 1), may_skip=not last)
         return stopping
 
     def settle(self) -> None:
@@ -307,8 +308,8 @@ class Trainer:
         if done and self._save_is_due(done):
             self._save(done)
 
-    def _save(self, done: int, *, durable: bool = True) -> None:
-        """Begin a snapshot, and with `durable` its way to storage."""
+    def _save(self, done: int, *, durable: bool = True, may_skip: bool = False) -> None:
+        """Begin a snapshot, and with `durable` its way to storage; see `snapshot` on `may_skip`."""
         if durable and done == self.saved_step:
             return
         if durable:
@@ -321,6 +322,7 @@ class Trainer:
             self._about | progress(self.config, done),
             eager=self._eager(),
             durable=durable,
+            may_skip=may_skip,
         )
         if durable and not self.config.checkpoint.async_save:
             self.checkpoints.wait()

@@ -1,0 +1,58 @@
+"""Storage that is slower than checkpoints are due: they are left out, training waits for none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from phalanx.checkpoint.config import SnapshotConfig, StorageConfig
+from phalanx.parallel.ranks import Ranks, process_group
+from tests.checkpointing import LINGER_S, Events, Run, filled, manager_of
+
+STEPS = range(1, 9)
+SLOW_MB_S = 0.2
+"""Each node's file of 0.4 MB takes 2 seconds."""
+
+
+def save_every_step(ranks: Ranks, root: Path, every: int) -> tuple[int, Events]:
+    """The step that is resumed, and what was told."""
+    with process_group(ranks):
+        events: Events = []
+        manager = manager_of(
+            ranks,
+            root,
+            events=events,
+            every=1,
+            keep=0,
+            snapshot=SnapshotConfig(every=every, linger_s=LINGER_S),
+            storage=StorageConfig(limit_mb_s=SLOW_MB_S),
+        )
+        tensors = {f"x{ranks.rank}": torch.zeros(100_000)}
+        manager.prepare(tensors)
+        for step in STEPS:
+            tensors[f"x{ranks.rank}"].fill_(step)
+            may_skip = step != STEPS[-1]
+            manager.snapshot(step, lambda: tensors, {}, durable=True, may_skip=may_skip)
+            manager.before_update()
+        manager.wait()
+        resumed = manager.resume(lambda step, names, meta: tensors)
+        manager.close()
+        assert resumed is not None
+        assert filled(tensors, resumed.step)
+        return resumed.step, events
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_training_never_waits_for_storage(run_ranks: Run, tmp_path: Path, every: int) -> None:
+    results = run_ranks(save_every_step, tmp_path, every, world_size=2, nodes=2)
+    told = [(name, facts["step"]) for name, facts in results[0][1] if "step" in facts]
+    saved = [step for name, step in told if name == "checkpoint_saved"]
+    skipped = [step for name, step in told if name == "checkpoint_skipped"]
+    assert saved[0] == STEPS[0]
+    assert saved[-1] == STEPS[-1], "the last one is never left out"
+    assert skipped, "storage was fast enough"
+    assert sorted(saved + skipped) == list(STEPS), "each is told once, and nothing failed"
+    assert told.index(("checkpoint_skipped", skipped[0])) < told.index(("checkpoint_saved", 1)), (
+        "training waited for the first one"
+    )
+    assert [step for step, _ in results] == [STEPS[-1]] * 2
