@@ -1,7 +1,7 @@
 """Fixtures that tests of several parts share."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,18 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
         return launch(fn, *args, world_size=world_size, config=config, log_dir=tmp_path / "logs")
 
     return run
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """Where a run saves; its holders end with the test."""
+    from tests.checkpointing import holder_pids
+    from tests.killing import end_all
+
+    folder = tmp_path / "checkpoints"
+    yield folder
+    if folder.exists():
+        end_all(holder_pids(folder).values())
 
 
 def _documents(*, count: int) -> list[str]:

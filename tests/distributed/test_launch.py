@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def fail_alone(ranks: Ranks) -> None:
 
 def crash(ranks: Ranks) -> None:
     """While many threads are there, whose stacks a log ends with."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for _ in range(30):
         threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
     ctypes.string_at(0)

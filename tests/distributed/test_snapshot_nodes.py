@@ -6,97 +6,20 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from phalanx.checkpoint.config import SnapshotConfig, StorageConfig
-from phalanx.checkpoint.folders import folder_name
-from phalanx.checkpoint.holder_client import HolderClient
-from phalanx.checkpoint.job import read_job
-from phalanx.checkpoint.manager import CheckpointManager
-from phalanx.checkpoint.peers import CheckpointError
-from phalanx.checkpoint.storage import open_storage
 from phalanx.launch.start import RankFailed, launch
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import Device, LaunchConfig
-from tests.checkpointing import Events, Run, holder_pids, manager_of, step_names
+from tests.checkpointing import Events, Run, holder_pids
 from tests.killing import end_all, snapshot_bytes, wait_until
-
-PARITY = {1: "xor", 2: "rs(2)"}
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Iterator[Path]:
-    """Where a run saves; its holders end with the test."""
-    folder = tmp_path / "checkpoints"
-    yield folder
-    if folder.exists():
-        end_all(holder_pids(folder).values())
-
-
-def state(rank: int, step: int) -> dict[str, Tensor]:
-    """What a rank holds after `step` steps: of uneven sizes, and one tensor that all hold."""
-    numbers = torch.Generator().manual_seed(1000 * step + rank)
-    same = torch.Generator().manual_seed(step)
-    return {
-        f"own{rank}": torch.randn(9_000 + 1_001 * rank, generator=numbers),
-        f"bytes{rank}": torch.randint(0, 256, (333,), generator=numbers, dtype=torch.uint8),
-        "shared": torch.randn(70, 71, generator=same),
-    }
-
-
-def protected_manager(
-    ranks: Ranks, root: Path, parity: int, events: Events, **config: Any
-) -> CheckpointManager:
-    """No checkpoints but those that are asked for."""
-    config.setdefault("save_last", False)
-    snapshot = SnapshotConfig(every=1, parity=PARITY[parity], linger_s=60)
-    return manager_of(ranks, root, events=events, snapshot=snapshot, **config)
-
-
-def take(
-    manager: CheckpointManager, ranks: Ranks, step: int, *, durable: bool = False
-) -> dict[str, Tensor]:
-    """Begin a snapshot of a step."""
-    tensors = state(ranks.rank, step)
-    manager.snapshot(step, lambda: tensors, {"step": step, "text": f"of {step}"}, durable=durable)
-    return tensors
-
-
-def goes_on(manager: CheckpointManager, ranks: Ranks) -> tuple[int, bool]:
-    """The step of what is loaded (0 = nothing) and whether it was in memory; it is all right."""
-    tensors = {name: torch.zeros_like(tensor) for name, tensor in state(ranks.rank, 0).items()}
-    resumed = manager.resume(lambda step, names, meta: tensors)
-    if resumed is None:
-        return 0, False
-    assert resumed.meta == {"step": resumed.step, "text": f"of {resumed.step}"}
-    for name, tensor in state(ranks.rank, resumed.step).items():
-        assert torch.equal(tensors[name], tensor), name
-    return resumed.step, resumed.from_memory
-
-
-def check_protected(root: Path, nodes: int, step: int) -> None:
-    """Every holder has its own member of one epoch, with the step committed, and nothing else."""
-    job = read_job(open_storage(root))
-    assert job is not None
-    names = set()
-    for node in range(nodes):
-        client = HolderClient.connect(job, node)
-        [epoch] = client.inventory()["epochs"]
-        client.close()
-        names.add(epoch["epoch"])
-        assert epoch["members"].keys() == {str(node)}
-        [slot] = [s for s in epoch["members"][str(node)]["slots"] if s["step"] == step]
-        assert (slot["state"], slot["data_ok"], slot["parity_ok"]) == ("committed", True, True)
-    assert len(names) == 1
+from tests.protecting import check_protected, flip, goes_on, protected_manager, state, take
 
 
 def go_on_and_die(
@@ -236,108 +159,6 @@ def test_host_memory(run_ranks: Run, root: Path, k: int, m: int) -> None:
     assert all(name.endswith(("-slot0", "-slot1")) for one in held for name in one)
 
 
-def outlive_a_holder(
-    ranks: Ranks, root: Path, parity: int, how: str, durable: tuple[int, ...]
-) -> Events:
-    """Snapshot on, while node 1's holder is killed at step 3."""
-    with process_group(ranks):
-        events: Events = []
-        manager = protected_manager(ranks, root, parity, events)
-        nodes = ranks.world_size // ranks.ranks_per_node
-        for step in range(1, 6):
-            if step == 3 and ranks.rank == 1:
-                kill = partial(end_all, [holder_pids(root)[1]])
-                if how == "protecting":
-                    before(HolderClient, "protect", kill)
-                elif how == "committing":
-                    before(HolderClient, "commit", kill)
-                else:
-                    kill()
-            dist.barrier()
-            tensors = take(manager, ranks, step, durable=step in durable)
-            manager.before_update()
-            for tensor in tensors.values():
-                tensor.zero_()
-            if step == 3 and step in durable and how != "between snapshots":
-                with pytest.raises(CheckpointError, match="step 3 could not be saved.*holder"):
-                    manager.wait()
-            else:
-                manager.wait()
-            dist.barrier()
-            if step != 3:
-                check_protected(root, nodes, step)
-            dist.barrier()
-        manager.close()
-        return events
-
-
-def before(owner: Any, name: str, do: Callable[[], None]) -> None:
-    """Do something before the next call of a method."""
-    function = getattr(owner, name)
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        setattr(owner, name, function)
-        do()
-        return function(*args, **kwargs)
-
-    setattr(owner, name, called)
-
-
-@pytest.mark.parametrize("how", ["between snapshots", "protecting", "committing"])
-def test_training_outlives_a_holder(run_ranks: Run, root: Path, how: str) -> None:
-    events, *_ = run_ranks(outlive_a_holder, root, 1, how, (2, 3, 4), world_size=3, nodes=3)
-    told = [(name, facts["step"]) for name, facts in events if "step" in facts]
-    failed = [("snapshot_failed", 3), ("checkpoint_failed", 3)]
-    if how == "between snapshots":  # it is missed in time
-        failed = [("holder_lost", 3), ("checkpoint_saved", 3)]
-    assert told == [("checkpoint_saved", 2), *failed, ("checkpoint_saved", 4)]
-    assert [name for name, _ in events].count("snapshot_opened") == 2
-    assert all("holder" in facts["reason"] for name, facts in events if "failed" in name)
-    assert not holder_pids(root)
-
-
-def outlive_a_holder_that_writes(ranks: Ranks, root: Path) -> Events:
-    """Node 1's holder is killed while it writes the checkpoint of step 2 to slow storage."""
-    with process_group(ranks):
-        events: Events = []
-        storage = StorageConfig(limit_mb_s=0.05)
-        manager = protected_manager(ranks, root, 1, events, storage=storage)
-        manager.prepare(state(ranks.rank, 0))
-        take(manager, ranks, 2, durable=True)
-        manager.before_update()
-        dist.barrier()
-        if ranks.rank == 1:
-            holder = holder_pids(root)[1]
-            wait_until(lambda: (root / folder_name(2)).exists())
-            end_all([holder])
-        dist.barrier()
-        for step in range(3, 6):
-            take(manager, ranks, step)
-        with pytest.raises(CheckpointError, match="rank 1: HolderGone"):
-            manager.wait()
-        take(manager, ranks, 6)
-        manager.wait()
-        check_protected(root, ranks.world_size, 6)
-        dist.barrier()
-        take(manager, ranks, 7, durable=True)
-        manager.close()
-        return events
-
-
-def test_training_outlives_a_holder_that_writes(run_ranks: Run, root: Path) -> None:
-    events, *_ = run_ranks(outlive_a_holder_that_writes, root, world_size=3, nodes=3)
-    told = sorted((facts["step"], name) for name, facts in events if "step" in facts)
-    assert (2, "checkpoint_failed") in told
-    assert told[-1] == (7, "checkpoint_saved")
-    assert {name for name, _ in events} == {
-        "snapshot_opened",
-        "holder_lost",
-        "checkpoint_failed",
-        "checkpoint_saved",
-    }
-    assert step_names(root) == [folder_name(7)]
-
-
 def take_two_and_die(ranks: Ranks, root: Path) -> None:
     with process_group(ranks):
         manager = protected_manager(ranks, root, 1, [])
@@ -356,19 +177,6 @@ def go_on(ranks: Ranks, root: Path) -> tuple[int, bool, Events]:
         manager.prepare(state(ranks.rank, 0))
         manager.close()
         return step, from_memory, events
-
-
-def flip(pid: int, name: str) -> None:
-    """Change one bit in the middle of a piece of a holder's memory."""
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        if re.match(rf"/memfd:phalanx-[0-9a-f]+-{name} ", os.readlink(link)):
-            with link.open("r+b") as file:
-                file.seek(link.stat().st_size // 2)
-                byte = file.read(1)[0]
-                file.seek(-1, os.SEEK_CUR)
-                file.write(bytes([byte ^ 16]))
-            return
-    raise AssertionError(f"no {name}")
 
 
 @pytest.mark.parametrize(
