@@ -1,12 +1,17 @@
 """Whether files are what their manifest says, and which box is not."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
-from phalanx.checkpoint.manifest import Manifest, StoredParity, StoredPart
-from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.manifest import (
+    BrokenCheckpointError,
+    Manifest,
+    StoredParity,
+    StoredPart,
+)
+from phalanx.checkpoint.storage import Bytes, Storage
 
 READ_BYTES = 8 << 20
 """Bytes read at a time."""
@@ -21,12 +26,39 @@ def digest_range(storage: Storage, path: str, begin: int, end: int) -> str:
         OSError: they cannot be read.
     """
     digest = xxhash.xxh3_64()
+    for piece in read_range(storage, path, begin, end):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_range(storage: Storage, path: str, begin: int, end: int) -> Iterator[memoryview]:
+    """The file's bytes [begin, end); each piece stays as it is until the next one is asked for.
+
+    Raises:
+        OSError: they cannot be read.
+    """
     buffer = memoryview(bytearray(min(READ_BYTES, end - begin)))
     for at in range(begin, end, READ_BYTES):
         view = buffer[: min(READ_BYTES, end - at)]
         storage.read_into(path, at, view)
-        digest.update(view)
-    return digest.hexdigest()
+        yield view
+
+
+def held_to(expected: str, pieces: Iterable[Bytes], *, what: str) -> Iterator[Bytes]:
+    """The pieces on their way into a file; an error instead of an end where their checksum is
+    another one, so that the file is never there.
+
+    Raises:
+        BrokenCheckpointError: it is; says so of `what`.
+    """
+    digest = xxhash.xxh3_64()
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
+    if digest.hexdigest() != expected:
+        raise BrokenCheckpointError(
+            f"{what} has checksum {digest.hexdigest()} instead of {expected}"
+        )
 
 
 def check_files(
@@ -53,22 +85,31 @@ def check_files(
 def check_file(storage: Storage, folder: str, expected: StoredPart | StoredParity) -> str | None:
     """Why a file is not what the manifest says; None when it is."""
     path = f"{folder}/{expected.file}"
+    part = expected if isinstance(expected, StoredPart) else None
     try:
         size = storage.size(path)
         if size != expected.size:
-            return f"{expected.file} has {size} bytes instead of {expected.size}"
-        found = digest_range(storage, path, 0, size)
-        if found == expected.xxh3_64:
-            return None
-        where = broken_boxes(storage, path, expected) if isinstance(expected, StoredPart) else []
+            why = f"has {size} bytes instead of {expected.size}"
+            broken = [] if part is None else _cut_boxes(part, size)
+        else:
+            found = digest_range(storage, path, 0, size)
+            if found == expected.xxh3_64:
+                return None
+            why = f"is damaged: checksum {found} instead of {expected.xxh3_64}"
+            broken = [] if part is None else broken_boxes(storage, path, part)
     except FileNotFoundError:
         return f"{expected.file} is missing"
     except OSError as error:
         return f"{expected.file} cannot be read: {error}"
-    named = ", ".join(where[:NAMED]) + (f" and {len(where) - NAMED} more" if where[NAMED:] else "")
-    return f"{expected.file} is damaged: checksum {found} instead of {expected.xxh3_64}" + (
-        f"; broken: {named}" if named else ""
-    )
+    named = ", ".join(broken[:NAMED])
+    more = f" and {len(broken) - NAMED} more" if broken[NAMED:] else ""
+    return f"{expected.file} {why}" + (f"; broken: {named}{more}" if broken else "")
+
+
+def _cut_boxes(part: StoredPart, size: int) -> list[str]:
+    """Keys of the boxes that a file of `size` bytes does not hold to their ends."""
+    ends = {e.key: part.data_begin + e.begin + e.nbytes for e in part.table.entries if e.nbytes}
+    return [key for key, end in ends.items() if end > size]
 
 
 def broken_boxes(storage: Storage, path: str, part: StoredPart) -> list[str]:

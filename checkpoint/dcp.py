@@ -4,7 +4,6 @@ No foreign code runs: of `.metadata` see `dcp_reader`, tensors are read with `we
 and objects that are no tensors are left out.
 """
 
-import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -25,7 +24,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
-    LoadPlan,
     ReadItem,
     SavePlan,
     TensorWriteData,
@@ -36,7 +34,7 @@ from torch.distributed.checkpoint.planner import (
 from phalanx.checkpoint.chunks import Chunk
 from phalanx.checkpoint.dcp_meta import state_of, write_state
 from phalanx.checkpoint.dcp_reader import MetadataReader
-from phalanx.checkpoint.manifest import BrokenCheckpointError, read_manifest
+from phalanx.checkpoint.manifest import read_manifest
 from phalanx.checkpoint.reshard_plan import Located, locate
 from phalanx.checkpoint.sources import Source, StorageSource
 from phalanx.checkpoint.storage import Storage
@@ -147,17 +145,6 @@ class _StoredBox:
         return ReadItem(LoadItemType.TENSOR, index, begin, index, begin, self.chunk.sizes)
 
 
-class _BoxLoadPlanner(DefaultLoadPlanner):
-    """Where the boxes that are read go."""
-
-    def __init__(self, targets: dict[MetadataIndex, Tensor]) -> None:
-        super().__init__()
-        self._targets = targets
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self._targets[index]
-
-
 def _boxes(src: Path, metadata: Metadata) -> tuple[list[_StoredBox], list[str]]:
     """The boxes in the order of their names, and the names of what is no tensor."""
     boxes: list[_StoredBox] = []
@@ -190,11 +177,7 @@ def _read_group(reader: MetadataReader, group: Sequence[_StoredBox]) -> list[tup
     tensors = [torch.empty(box.chunk.sizes, dtype=box.stored.properties.dtype) for box in group]
     items = [box.item() for box in group]
     targets = {item.dest_index: tensor for item, tensor in zip(items, tensors, strict=True)}
-    plan = LoadPlan([item for item in items if item.lengths.numel()])
-    try:
-        reader.read_data(plan, _BoxLoadPlanner(targets)).wait()
-    except (RuntimeError, KeyError, EOFError, AssertionError, pickle.UnpicklingError) as error:
-        raise BrokenCheckpointError(f"{reader.path} is damaged: {error}") from error
+    reader.fill(targets, [item for item in items if item.lengths.numel()])
     return [
         (box.name, Chunk(local=tensor, size=box.stored.size, offsets=box.chunk.offsets))
         for box, tensor in zip(group, tensors, strict=True)

@@ -1,15 +1,19 @@
-"""Reading the `.metadata` of torch.distributed.checkpoint, a pickle, without trusting it.
+"""Reading torch.distributed.checkpoint's folders, and their `.metadata`, a pickle, without trust.
 
 It may name DCP's own classes and nothing else, so that a foreign folder runs no foreign code.
 """
 
 import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from phalanx.checkpoint.manifest import BrokenCheckpointError
 
@@ -34,8 +38,19 @@ ALLOWED = {
 """What `.metadata` may name, by module; of torch itself also Size and the types."""
 
 
+DAMAGE = (
+    RuntimeError,
+    KeyError,
+    EOFError,
+    AssertionError,
+    FileNotFoundError,
+    pickle.UnpicklingError,
+)
+"""What torch raises where a file is not what `.metadata` says."""
+
+
 class MetadataReader(dcp.FileSystemReader):
-    """Reads `.metadata` without running what it may name."""
+    """Reads `.metadata` without running what it may name, and boxes."""
 
     def metadata(self) -> Metadata:
         """What the folder holds.
@@ -59,6 +74,45 @@ class MetadataReader(dcp.FileSystemReader):
             raise BrokenCheckpointError(f"{path} holds a {type(found).__name__}, no metadata")
         found.storage_meta = found.storage_meta or StorageMeta()
         return found
+
+    def fill(self, targets: Mapping[MetadataIndex, Tensor], items: Sequence[ReadItem]) -> None:
+        """Read boxes into the tensors that they are for.
+
+        Raises:
+            BrokenCheckpointError: a file is missing or damaged; names it and the box.
+        """
+        planner = _BoxLoadPlanner(targets)
+        try:
+            self.read_data(LoadPlan(list(items)), planner).wait()
+        except DAMAGE:
+            for item in items:  # which one it is
+                self._fill_one(item, planner)
+            raise
+
+    def _fill_one(self, item: ReadItem, planner: "_BoxLoadPlanner") -> None:
+        index, file = item.storage_index, Path(self.path)
+        box = f"{index.fqn} at {list(index.offset or ())}"
+        try:
+            file /= self.storage_data[index].relative_path
+            self.read_data(LoadPlan([item]), planner).wait()
+        except FileNotFoundError:
+            raise BrokenCheckpointError(f"{file} is missing; it holds {box}") from None
+        except DAMAGE as error:
+            why = str(error).partition(". ")[0] or type(error).__name__
+            raise BrokenCheckpointError(
+                f"{file} is damaged: {box} cannot be read ({why})"
+            ) from error
+
+
+class _BoxLoadPlanner(DefaultLoadPlanner):
+    """Where the boxes that are read go."""
+
+    def __init__(self, targets: Mapping[MetadataIndex, Tensor]) -> None:
+        super().__init__()
+        self._targets = targets
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._targets[index]
 
 
 class _Unpickler(pickle.Unpickler):

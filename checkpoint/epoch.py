@@ -18,7 +18,8 @@ from phalanx.checkpoint.chunks import Chunk
 from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.checkpoint.copier import Copier
 from phalanx.checkpoint.format import PartTable
-from phalanx.checkpoint.holder_client import HolderClient, start_holder
+from phalanx.checkpoint.holder_client import HolderClient
+from phalanx.checkpoint.holder_start import start_holder
 from phalanx.checkpoint.host_memory import check_host_memory
 from phalanx.checkpoint.nodes import Node
 from phalanx.checkpoint.peers import Peers
@@ -37,6 +38,8 @@ class Place:
     config: CheckpointConfig
     job: str
     """Name of the job's holders; the same at every start of the same run."""
+    directory: str
+    """Where the run saves, see `job.directory_of`; holders say it to who asks whose they are."""
     node: Node
     log_dir: Path | None
     """Where holders write what they have to say."""
@@ -61,7 +64,13 @@ class Place:
         """This node's holder, started if there is none."""
         node = self.node
         log = self.log_dir and self.log_dir / f"holder{node.number}.log"
-        start_holder(self.job, node.on_machine, linger_s=self.config.snapshot.linger_s, log=log)
+        start_holder(
+            self.job,
+            node.on_machine,
+            directory=self.directory,
+            linger_s=self.config.snapshot.linger_s,
+            log=log,
+        )
         return self.connect()
 
     def connect(self) -> HolderClient:

@@ -35,6 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--job", required=True)
     parser.add_argument("--node", type=int, required=True)
+    parser.add_argument("--dir", default="", help="where its run saves")
     parser.add_argument("--linger", type=float, required=True, help="seconds")
     parser.add_argument("--log", type=Path)
     args = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> int:
     os.setsid()
     code = 1
     try:
-        code = _hold(path, told, linger_s=args.linger, log=args.log)
+        code = _hold(path, told, directory=args.dir, linger_s=args.linger, log=args.log)
     finally:
         logging.shutdown()
         # Threads may be anywhere, even in the kernel: nothing of theirs is waited for.
@@ -64,7 +65,7 @@ def _outcome(ready: int, child: int) -> int:
     return os.waitstatus_to_exitcode(status) or 1
 
 
-def _hold(path: Path, told: int, *, linger_s: float, log: Path | None) -> int:
+def _hold(path: Path, told: int, *, directory: str, linger_s: float, log: Path | None) -> int:
     lock = Lock(path.with_suffix(".lock"))
     if not lock.take():
         return TAKEN
@@ -74,7 +75,7 @@ def _hold(path: Path, told: int, *, linger_s: float, log: Path | None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     path.unlink(missing_ok=True)  # of a holder that was killed: we have the lock
-    service = Service(stop=stop)
+    service = Service(stop=stop, directory=directory)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen(BACKLOG)
@@ -83,7 +84,7 @@ def _hold(path: Path, told: int, *, linger_s: float, log: Path | None) -> int:
         os.write(told, b"1")
         os.close(told)
         _detach_output(log)
-        logger.info("holder of %s, process %d", path.stem, os.getpid())
+        logger.info("holder of %s (%s), process %d", path.stem, directory, os.getpid())
         why = _wait(stop, service, linger_s)
         path.unlink(missing_ok=True)
         lock.give_back()

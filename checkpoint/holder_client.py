@@ -5,73 +5,14 @@ for the rules. Torch-free.
 """
 
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from phalanx.checkpoint.holder_line import HolderGone, Line, mapped
-from phalanx.checkpoint.holder_socket import all_sockets, kill_silent
-from phalanx.checkpoint.holder_spec import TAKEN, VERSION, HolderError
+from phalanx.checkpoint.holder_spec import VERSION, HolderError
 
-START_S = 30.0
-"""Seconds that a holder may take to start, or one that ends to be gone."""
-
-__all__ = ["HolderClient", "HolderError", "HolderGone", "find_holders", "start_holder"]
-
-
-def start_holder(job: str, node: int, *, linger_s: float, log: Path | None) -> None:
-    """Start the holder of a node, if there is none; returns when it answers.
-
-    Args:
-        linger_s: seconds that it stays when all its ranks are gone.
-        log: the file that it writes what it has to say to.
-
-    Raises:
-        HolderError: it does not start; says why.
-        ValueError: see `socket_path`.
-        PermissionError: see `socket_path`.
-    """
-    command = [sys.executable, "-P", "-m", "phalanx.checkpoint.holder"]
-    command += ["--job", job, "--node", str(node), "--linger", str(linger_s)]
-    command += ["--log", str(log.absolute())] if log is not None else []
-    deadline, killed = time.monotonic() + START_S, False
-    while True:
-        if _answers(job, node):
-            return
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if done.returncode == TAKEN and time.monotonic() < deadline:
-            time.sleep(0.02)  # it is about to answer, or about to end
-        elif done.returncode == TAKEN and not killed:
-            kill_silent(job, node)
-            deadline, killed = time.monotonic() + START_S, True
-        elif done.returncode:
-            why = done.stderr.strip() or f"exit code {done.returncode}"
-            raise HolderError(f"the holder of {job}, node {node}, does not start: {why}")
-
-
-def find_holders() -> list[tuple[str, int]]:
-    """(job, node) of this user's holders on this machine.
-
-    Raises:
-        PermissionError: see `socket_path`.
-    """
-    return [(job, node) for job, node in all_sockets() if _answers(job, node)]
-
-
-def _answers(job: str, node: int) -> bool:
-    """Whether there is a holder; one that is being killed may still take connections."""
-    try:
-        with HolderClient.connect(job, node) as client:
-            client.hello()
-    except HolderGone:
-        return False
-    except HolderError:
-        pass  # of another version, which does not know the request, but it is there
-    return True
+__all__ = ["HolderClient", "HolderError", "HolderGone"]
 
 
 class HolderClient(Line):
@@ -91,11 +32,31 @@ class HolderClient(Line):
         """The holder's process."""
         return int(self._call("hello"))
 
+    def directory(self) -> str:
+        """Where the holder's run saves, see `job.directory_of`; "" = unknown."""
+        return str(self._call("directory"))
+
+    def in_use(self, quiet_s: float) -> str | None:
+        """Why the holder's run needs it, or has within so many seconds; None = it only lingers."""
+        why: str | None = self._call("in_use", quiet_s=quiet_s)
+        return why
+
+    def retire(self, quiet_s: float) -> None:
+        """End a holder that only lingers, and with it all that it holds; returns when it is gone.
+
+        Raises:
+            HolderError: it is in use, see `in_use`; nothing has happened then.
+        """
+        with suppress(HolderGone):
+            self._call("retire", quiet_s=quiet_s)
+        self.finish()
+
     def inventory(self) -> dict[str, Any]:
         """What the holder holds.
 
         {"pid", "address": [host, port] or None, "epochs": oldest first, [{"epoch", "spec",
-        "frozen": whether a later one was opened, "members": {"0": {"slots": [{"slot", "step",
+        "frozen": whether a later one was opened, "bytes" of all its memory, "taken" of these so
+        far, "attached": ranks, "members": {"0": {"slots": [{"slot", "step",
         "state": empty, filling, complete, committed or damaged, "meta", "digest" of this member's
         data, "digests" of all members' once committed, "data_ok", "parity_ok"}]}}}]}
         """

@@ -65,6 +65,15 @@ class Connection:
     def _do_hello(self, request: dict[str, Any]) -> Any:
         return os.getpid()
 
+    def _do_directory(self, request: dict[str, Any]) -> Any:
+        return self._service.directory
+
+    def _do_in_use(self, request: dict[str, Any]) -> Any:
+        return self._service.in_use(float(request["quiet_s"]))
+
+    def _do_retire(self, request: dict[str, Any]) -> Any:
+        self._service.retire(float(request["quiet_s"]))
+
     def _do_inventory(self, request: dict[str, Any]) -> Any:
         return self._service.inventory()
 
@@ -114,9 +123,11 @@ class Connection:
         self._service.finish()
 
     def _do_verify(self, request: dict[str, Any]) -> Any:
+        self._service.join(self)
         return self._service.epoch(request["epoch"]).verify(request["member"], request["slot"])
 
     def _do_read(self, request: dict[str, Any]) -> Reply:
+        self._service.join(self)
         epoch = self._service.epoch(request["epoch"])
         nbytes, fds = epoch.reader(request["member"], request["rank"], request["slot"])
         return {"value": nbytes}, fds

@@ -6,6 +6,7 @@ Torch-free.
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,6 +30,16 @@ JOBS_KEPT = 4
 logger = logging.getLogger(__name__)
 Key = tuple[str, int, int, str, str]
 Stored = StoredPart | StoredParity
+
+
+class _ChangedError(HolderError):
+    """Memory of a committed snapshot has changed."""
+
+    def __init__(self, what: str, member: Member, generation: Generation) -> None:
+        super().__init__(
+            f"step {generation.step}: the memory of {what} on node {member.number} has changed "
+            "since the snapshot was committed; it is not written, and counts as lost there"
+        )
 
 
 class Drains:
@@ -131,14 +142,25 @@ class _Job:
                 raise HolderError(f"step {self._step} is not in slot {self._slot}")
             for number in numbers:
                 with epoch.reading(self._slot, number, self._step) as generation:
-                    self._write(storage, epoch.members[number], generation)
+                    self._write_member(storage, epoch, number, generation)
             self._epoch = None  # done: the memory may go
         except Exception as error:
             logger.warning("step %d was not written: %s", self._step, error)
             self._error = (
                 str(error) if isinstance(error, HolderError) else f"{self._folder}: {error}"
             )
+            traceback.clear_frames(error.__traceback__)  # they know the snapshot's memory
         self._seconds += time.perf_counter() - start
+
+    def _write_member(
+        self, storage: Storage, epoch: HolderEpoch, number: int, generation: Generation
+    ) -> None:
+        try:
+            self._write(storage, epoch.members[number], generation)
+        except _ChangedError:
+            epoch.damage(number, generation)
+            self._epoch = None  # who asks again hears the same
+            raise
 
     def _write(self, storage: Storage, member: Member, generation: Generation) -> None:
         tasks: dict[str, Callable[[], Stored]] = {}
@@ -168,24 +190,32 @@ def _write_part(
         entry = table.entries[index]
         return view[entry.begin : entry.begin + entry.nbytes]
 
-    return write_part(storage, path, table, read, member=member.number)
+    def check(digest: int) -> None:
+        assert generation.part_digests is not None
+        if digest != generation.part_digests[rank]:
+            raise _ChangedError(f"rank {rank}'s part", member, generation)
+
+    return write_part(storage, path, table, read, member=member.number, check=check)
 
 
 def _write_parity(
     storage: Storage, path: str, member: Member, generation: Generation
 ) -> StoredParity:
     digest = xxhash.xxh3_64()
-    size = storage.write(path, _hashed(generation.slot.parity.view, digest))
+
+    def pieces() -> Iterator[memoryview]:
+        view = generation.slot.parity.view
+        for at in range(0, len(view), CHUNK_BYTES):
+            piece = view[at : at + CHUNK_BYTES]
+            digest.update(piece)
+            yield piece
+        if digest.intdigest() != generation.parity_digest:
+            raise _ChangedError("the parity", member, generation)
+
+    size = storage.write(path, pieces())
     return StoredParity(
         file=path.rpartition("/")[2],
         size=size,
         xxh3_64=digest.hexdigest(),
         member=member.number,
     )
-
-
-def _hashed(view: memoryview, digest: Any) -> Iterator[memoryview]:
-    for at in range(0, len(view), CHUNK_BYTES):
-        piece = view[at : at + CHUNK_BYTES]
-        digest.update(piece)
-        yield piece

@@ -12,8 +12,9 @@ from phalanx.checkpoint.holder_slots import (
     DAMAGED,
     Generation,
     Member,
+    combined,
     describe,
-    digest_of,
+    part_digests_of,
 )
 from phalanx.checkpoint.holder_spec import HolderError, Spec
 
@@ -79,12 +80,19 @@ class HolderEpoch:
             HolderError: no whole snapshot is there.
         """
         with self.reading(number, member) as generation:
-            if digest_of(self.members[member], generation.slot) == generation.digest:
+            if combined(part_digests_of(generation.slot).values()) == generation.digest:
                 return True
-            with self.changed:
-                generation.state = DAMAGED
-        logger.warning("epoch %s: member %d of slot %d is damaged", self.name, member, number)
+            self.damage(member, generation)
         return False
+
+    def damage(self, member: int, generation: Generation) -> None:
+        """The snapshot's memory has changed: from now on, the member has lost it."""
+        with self.changed:
+            generation.state = DAMAGED
+            self.changed.notify_all()
+        logger.warning(
+            "epoch %s: member %d of step %d is damaged", self.name, member, generation.step
+        )
 
     def slot_of(self, member: int, step: int) -> int:
         """The slot in which a member has a whole snapshot of the step.
@@ -162,17 +170,19 @@ class HolderEpoch:
                 str(number): {"slots": [describe(slot) for _, slot in sorted(member.slots.items())]}
                 for number, member in self.members.items()
             }
-            nbytes = sum(
-                memory.nbytes
+            memories = [
+                memory
                 for member in self.members.values()
                 for slot in member.slots.values()
                 for memory in slot.memories
-            )
+            ]
+            nbytes, taken = sum(m.nbytes for m in memories), sum(m.taken for m in memories)
         return {
             "epoch": self.name,
             "spec": self.spec.body,
             "frozen": self.frozen,
             "bytes": nbytes,
+            "taken": taken,
             "attached": self.attached(),
             "members": members,
         }

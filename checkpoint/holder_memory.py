@@ -49,6 +49,11 @@ class Memory:
                 f"{nbytes} bytes of host memory for {name} cannot be had: {error.strerror}"
             ) from error
 
+    @property
+    def taken(self) -> int:
+        """Bytes that are taken by now."""
+        return os.fstat(self.fd).st_blocks * 512 if self.fd >= 0 else 0
+
     def close(self) -> None:
         """No longer give it to others; it is freed with the last view of it, here or elsewhere."""
         if self.fd >= 0:

@@ -1,12 +1,15 @@
-"""Connections from other nodes' holders: those that push, and those that rebuild. Torch-free."""
+"""Connections from other nodes' holders: those that push, and those that rebuild a lost member of
+what is here. Torch-free."""
 
 import logging
 import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
-from phalanx.checkpoint.holder_rebuild import give
-from phalanx.checkpoint.transport import FETCH, hear_greeting
+from phalanx.checkpoint.holder_epoch import HolderEpoch
+from phalanx.checkpoint.holder_slots import Member, Slot, digest_of
+from phalanx.checkpoint.holder_spec import HolderError
+from phalanx.checkpoint.transport import FETCH, PEER_LIMIT, hear_greeting, receive, send
 
 if TYPE_CHECKING:
     from phalanx.checkpoint.holder_service import Service
@@ -71,3 +74,50 @@ class PeerServer:
             logger.info("a peer's connection ended: %s", error)
         finally:
             sock.close()
+
+
+def give(sock: socket.socket, epoch: HolderEpoch) -> None:
+    """Answer a holder that rebuilds, until it hangs up.
+
+    Raises:
+        OSError: it did.
+    """
+    while True:
+        request, _ = receive(sock, limit=PEER_LIMIT)
+        try:
+            if "slot" in request:
+                number, step = map(int, request["slot"])
+                send(sock, {"slot": _checked(epoch, number, step)})
+                continue
+            number, step, kind, unit, most = request["unit"]
+            with epoch.reading(epoch.slot_of(number, step), number, step) as generation:
+                member = epoch.members[number]
+                views = _unit(member, generation.slot, str(kind), int(unit), int(most))
+                send(sock, {"bytes": sum(map(len, views))}, views)
+        except (HolderError, KeyError, TypeError, ValueError) as error:
+            send(sock, {"error": str(error)})
+
+
+def _checked(epoch: HolderEpoch, number: int, step: int) -> int:
+    """The slot in which a member has a snapshot of the step, with its parity as it was.
+
+    Raises:
+        HolderError: it has none, or the parity has changed: what is rebuilt of it would be wrong.
+    """
+    slot = epoch.slot_of(number, step)
+    with epoch.reading(slot, number, step) as generation:
+        if digest_of(generation.slot.parity.view) != generation.parity_digest:
+            raise HolderError(f"its parity of step {step} has changed in memory")
+    return slot
+
+
+def _unit(member: Member, slot: Slot, kind: str, unit: int, most: int) -> list[memoryview]:
+    """The first `most` bytes of a unit, as far as there are any, in pieces that one call sends."""
+    stripes = member.stripes
+    if not 0 <= unit < (stripes.k if kind == "data" else stripes.m) or most < 0:
+        raise HolderError(f"no unit {unit} of {kind}")
+    if kind == "data":
+        begin, end = stripes.data_range(unit, member.length)
+        return member.views(slot, begin, min(end, begin + most))
+    first = unit * stripes.unit_bytes
+    return [slot.parity.view[first : first + min(most, stripes.unit_bytes)]]

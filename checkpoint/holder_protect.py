@@ -10,7 +10,7 @@ from functools import partial
 from phalanx.checkpoint.holder_fold import Folder, Incoming
 from phalanx.checkpoint.holder_own import OwnEpoch
 from phalanx.checkpoint.holder_push import Sender
-from phalanx.checkpoint.holder_slots import Generation, combined
+from phalanx.checkpoint.holder_slots import Generation, digest_of
 from phalanx.checkpoint.transport import CHUNK_BYTES
 
 HASH_BYTES = 4 * CHUNK_BYTES
@@ -105,12 +105,13 @@ class Protection:
 
     def _digest(self, generation: Generation) -> None:
         own = self.epoch.own
-        digest = combined([generation.hashers[rank].intdigest() for rank in own.ranks])
+        digests = {rank: generation.hashers[rank].intdigest() for rank in own.ranks}
         with self.epoch.changed:
-            generation.digest = digest
+            generation.part_digests = digests
             self.epoch.changed.notify_all()
 
     def _finish(self, generation: Generation) -> None:
         if self._folder is not None:
             self._folder.finish(generation)
+            generation.parity_digest = digest_of(generation.slot.parity.view)
         self.epoch.complete(generation)

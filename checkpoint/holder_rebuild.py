@@ -1,4 +1,7 @@
-"""A lost member's data and parity, made again of what the others of its group hold. Torch-free."""
+"""A lost member's data and parity, made again of what the others of its group hold.
+
+What the others give is in `holder_peers`. Torch-free.
+"""
 
 import logging
 import socket
@@ -7,9 +10,16 @@ from contextlib import ExitStack
 from typing import Any
 
 from phalanx.checkpoint.erasure import Codec
-from phalanx.checkpoint.holder_epoch import HolderEpoch
 from phalanx.checkpoint.holder_memory import check_free
-from phalanx.checkpoint.holder_slots import COMMITTED, Generation, Member, Slot, digest_of
+from phalanx.checkpoint.holder_slots import (
+    COMMITTED,
+    Generation,
+    Member,
+    Slot,
+    combined,
+    digest_of,
+    part_digests_of,
+)
 from phalanx.checkpoint.holder_spec import HolderError, Spec
 from phalanx.checkpoint.transport import (
     CHUNK_BYTES,
@@ -62,13 +72,16 @@ def rebuild(
             logger.warning("rebuilding member %d: %s", number, lost)
             reasons.append(str(lost))
             del left[lost.member]
-    if digest_of(member, slot) != digests[number]:
+    part_digests = part_digests_of(slot)
+    if combined(part_digests.values()) != digests[number]:
         raise HolderError(
             f"member {number} of step {step}, rebuilt from members {sorted(left)}, does not have "
             f"its digest {digests[number]:016x}"
         )
     generation = slot.generation = Generation(slot, step, ranks=member.ranks)
-    generation.state, generation.digest = COMMITTED, digests[number]
+    generation.part_digests = part_digests
+    generation.parity_digest = digest_of(slot.parity.view)
+    generation.state = COMMITTED
     generation.digests, generation.meta = list(digests), meta
     return member
 
@@ -89,13 +102,17 @@ class _Source:
         self._member, self._sock, self._step = member, sock, step
         self._left = 0
 
-    def where(self) -> int:
-        """The slot that has the step."""
-        return int(self._ask({"slot": [self._member, self._step]})["slot"])
+    def seek(self) -> None:
+        """Ask for the slot that has the step; `found` hears it."""
+        self._ask({"slot": [self._member, self._step]})
+
+    def found(self) -> int:
+        """Hear which slot has the step; the parity in it was compared with its digest."""
+        return int(self._answer()["slot"])
 
     def begin(self, kind: str, unit: int, most: int) -> None:
         """Ask for the first `most` bytes of a unit; `into` receives them."""
-        self._ask_only({"unit": [self._member, self._step, kind, unit, most]})
+        self._ask({"unit": [self._member, self._step, kind, unit, most]})
 
     def begun(self) -> None:
         """Hear how many bytes there are."""
@@ -114,11 +131,7 @@ class _Source:
         view[count:] = bytes(len(view) - count)
         return True
 
-    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        self._ask_only(request)
-        return self._answer()
-
-    def _ask_only(self, request: Mapping[str, Any]) -> None:
+    def _ask(self, request: Mapping[str, Any]) -> None:
         try:
             send(self._sock, request)
         except OSError as error:
@@ -151,7 +164,9 @@ def _rebuilt(member: Member, step: int, sources: Mapping[int, Address]) -> Slot:
                 raise _LostError(other, error) from None
             place = member.group.index(other)
             connected.append(_Source(other, sock, place=place, step=step))
-        number = max(source.where() for source in connected)
+        for source in connected:  # all of them at a time: each looks through its parity
+            source.seek()
+        number = max(source.found() for source in connected)
         try:
             slot = member.allocate(number, populate=True)
         except MemoryError as error:
@@ -210,37 +225,3 @@ def _rebuild_unit(
 def _in_codec(role: int, codec: Codec) -> int:
     """The codec's number of a stripe's role: it counts data first."""
     return codec.k + role if role < codec.m else role - codec.m
-
-
-def give(sock: socket.socket, epoch: HolderEpoch) -> None:
-    """Answer a holder that rebuilds, until it hangs up.
-
-    Raises:
-        OSError: it did.
-    """
-    while True:
-        request, _ = receive(sock, limit=PEER_LIMIT)
-        try:
-            if "slot" in request:
-                number, step = map(int, request["slot"])
-                send(sock, {"slot": epoch.slot_of(number, step)})
-                continue
-            number, step, kind, unit, most = request["unit"]
-            with epoch.reading(epoch.slot_of(number, step), number, step) as generation:
-                member = epoch.members[number]
-                views = _unit(member, generation.slot, str(kind), int(unit), int(most))
-                send(sock, {"bytes": sum(map(len, views))}, views)
-        except (HolderError, KeyError, TypeError, ValueError) as error:
-            send(sock, {"error": str(error)})
-
-
-def _unit(member: Member, slot: Slot, kind: str, unit: int, most: int) -> list[memoryview]:
-    """The first `most` bytes of a unit, as far as there are any, in pieces that one call sends."""
-    stripes = member.stripes
-    if not 0 <= unit < (stripes.k if kind == "data" else stripes.m) or most < 0:
-        raise HolderError(f"no unit {unit} of {kind}")
-    if kind == "data":
-        begin, end = stripes.data_range(unit, member.length)
-        return member.views(slot, begin, min(end, begin + most))
-    first = unit * stripes.unit_bytes
-    return [slot.parity.view[first : first + min(most, stripes.unit_bytes)]]

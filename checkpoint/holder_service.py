@@ -23,9 +23,14 @@ logger = logging.getLogger(__name__)
 class Service:
     """All that one holder holds."""
 
-    def __init__(self, *, stop: threading.Event) -> None:
-        """`stop`: set when the holder is to end."""
+    def __init__(self, *, stop: threading.Event, directory: str) -> None:
+        """
+        Args:
+            stop: set when the holder is to end.
+            directory: where its run saves; "" = unknown.
+        """
         self._stop = stop
+        self.directory = directory
         self._lock = threading.Lock()
         self._opening = threading.Lock()
         self._epochs: dict[str, HolderEpoch] = {}
@@ -41,8 +46,20 @@ class Service:
     @property
     def busy(self) -> bool:
         """Whether ranks are connected, or something of theirs is still being written."""
+        return self.in_use(0.0) is not None
+
+    def in_use(self, quiet_s: float) -> str | None:
+        """Why the run needs this holder, or has needed it within so many seconds; None = it only
+        lingers."""
         with self._lock:
-            return bool(self._trainers) or self._drains.running
+            if self._trainers:
+                return "ranks are connected"
+            if self._drains.running:
+                return "a checkpoint is being written"
+            idle_s = time.monotonic() - self.idle_since
+        if idle_s < quiet_s:
+            return f"ranks were connected {idle_s:.0f} s ago, and may be again; wait {quiet_s:g} s"
+        return None
 
     def epoch(self, name: str) -> HolderEpoch:
         """An epoch that is held.
@@ -174,6 +191,17 @@ class Service:
     def finish(self) -> None:
         """End the holder."""
         self._stop.set()
+
+    def retire(self, quiet_s: float) -> None:
+        """End the holder.
+
+        Raises:
+            HolderError: it is in use, see `in_use`.
+        """
+        why = self.in_use(quiet_s)
+        if why is not None:
+            raise HolderError(why)
+        self.finish()
 
     def _end(self, epoch: HolderEpoch, how: Callable[[], None]) -> None:
         how()

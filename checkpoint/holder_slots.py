@@ -1,6 +1,6 @@
 """The memory of one member's generations, and how far the snapshot in each has come. Torch-free."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import xxhash
@@ -13,7 +13,7 @@ FILLING = "filling"
 COMPLETE = "complete"
 COMMITTED = "committed"
 DAMAGED = "damaged"
-"""Its data no longer had its digest."""
+"""Its memory no longer had its digests."""
 
 NOTHING = -1
 """Bytes filled by a rank that has not said anything: of a part without bytes, it says 0."""
@@ -30,8 +30,10 @@ class Generation:
         """Bytes of each rank's part that are there."""
         self.hashed = dict.fromkeys(ranks, 0)
         self.hashers = {rank: xxhash.xxh3_64() for rank in ranks}
-        self.digest: int | None = None
-        """Of all parts, once they are there."""
+        self.part_digests: dict[int, int] | None = None
+        """Of each rank's part, once all are there."""
+        self.parity_digest: int | None = None
+        """Of this member's parity, once all of it is there; None where there is none."""
         self.sent: set[int] = set()
         """Members that all was sent to."""
         self.arrived: set[int] = set()
@@ -49,6 +51,11 @@ class Generation:
         self.encode_s = 0.0
         self.sent_s = 0.0
         self.sent_bytes = 0
+
+    @property
+    def digest(self) -> int | None:
+        """Of all parts, once they are there."""
+        return None if self.part_digests is None else combined(self.part_digests.values())
 
     @property
     def whole(self) -> bool:
@@ -162,20 +169,22 @@ class Member:
                 yield unit, at
 
 
-def combined(digests: Sequence[int]) -> int:
+def combined(digests: Iterable[int]) -> int:
     """One digest of several parts': XXH3-64 of theirs, little-endian, in rank order."""
     return xxhash.xxh3_64_intdigest(b"".join(digest.to_bytes(8, "little") for digest in digests))
 
 
-def digest_of(member: Member, slot: Slot) -> int:
-    """The digest of all data that the slot holds now."""
-    digests = []
-    for rank in member.ranks:
-        view, hasher = slot.data[rank].view, xxhash.xxh3_64()
-        for begin in range(0, len(view), CHUNK_BYTES):
-            hasher.update(view[begin : begin + CHUNK_BYTES])
-        digests.append(hasher.intdigest())
-    return combined(digests)
+def part_digests_of(slot: Slot) -> dict[int, int]:
+    """By rank, the digest of what the slot holds of its part now."""
+    return {rank: digest_of(memory.view) for rank, memory in slot.data.items()}
+
+
+def digest_of(view: memoryview) -> int:
+    """XXH3-64 of these bytes."""
+    hasher = xxhash.xxh3_64()
+    for begin in range(0, len(view), CHUNK_BYTES):  # other threads run in between
+        hasher.update(view[begin : begin + CHUNK_BYTES])
+    return hasher.intdigest()
 
 
 def describe(slot: Slot) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from phalanx.checkpoint.format import PartTable
 from phalanx.checkpoint.placement import Stripes
 from phalanx.checkpoint.transport import Address
 
-VERSION = 1
+VERSION = 2
 """Of what holders and their callers say to each other."""
 TAKEN = 3
 """Exit code of a holder where there was one already."""

@@ -26,7 +26,7 @@ def read_job(storage: Storage) -> str | None:
         return None
     try:
         body = json.loads(text)
-        job, place = body["job"], body.get("place", _place(storage))
+        job, place = body["job"], body.get("place", directory_of(storage))
     except (ValueError, KeyError, TypeError, AttributeError):
         job = place = None
     if not isinstance(job, str) or not re.fullmatch(r"[0-9a-f]{16}", job):
@@ -34,7 +34,7 @@ def read_job(storage: Storage) -> str | None:
             f"{storage.url}/{NAME}: is damaged; remove it (snapshots in memory, if there are any, "
             "are then not found again; checkpoints are)"
         )
-    return job if place == _place(storage) else None
+    return job if place == directory_of(storage) else None
 
 
 def job_name(storage: Storage) -> str:
@@ -42,11 +42,17 @@ def job_name(storage: Storage) -> str:
     job = read_job(storage)
     if job is None:
         job = secrets.token_hex(8)
-        body = {"job": job, "place": _place(storage)}
+        body = {"job": job, "place": directory_of(storage)}
         storage.write(NAME, [json.dumps(body).encode() + b"\n"])
     return job
 
 
-def _place(storage: Storage) -> str:
-    """Where the name was drawn: in a folder that was copied or moved it does not count."""
-    return str(storage.local.resolve()) if storage.local is not None else storage.url
+def directory_of(storage: Storage) -> str:
+    """The one name of where a run saves: an absolute path without links, or the URL.
+
+    A job's name counts where it was drawn, not in a folder that was copied or moved. Who logs in
+    with the URL, and by which password, is not part of it: others may see it.
+    """
+    if storage.local is not None:
+        return str(storage.local.resolve())
+    return re.sub(r"://[^/]*@", "://", storage.url)

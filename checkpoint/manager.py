@@ -23,7 +23,7 @@ from phalanx.checkpoint.durable import Saved, write_durable
 from phalanx.checkpoint.epoch import Place
 from phalanx.checkpoint.finding import Finder, Origin
 from phalanx.checkpoint.holder_client import HolderGone
-from phalanx.checkpoint.job import job_name, read_job
+from phalanx.checkpoint.job import directory_of, job_name, read_job
 from phalanx.checkpoint.monitoring import Monitor
 from phalanx.checkpoint.nodes import PATIENCE, find_node, leaders_of, store_host
 from phalanx.checkpoint.peers import CheckpointError, Peers
@@ -149,6 +149,7 @@ class CheckpointManager:
         if durable and not may_skip:
             self._underway.wait_for_storage()
         taking = self._taken_already(step) if durable else None
+        already = taking is not None
         if taking is None:
             taking = snapshots.take(
                 step,
@@ -162,7 +163,7 @@ class CheckpointManager:
             snapshots.pin(taking.result())
         self._newest = None if durable else (step, taking)
         if durable and self._node.leader:
-            self._underway.saving(step, self._writer.submit(self._write, taking))
+            self._underway.saving(step, self._writer.submit(self._write, taking, already))
         seconds = time.perf_counter() - start
         self.monitor.stalled(seconds)
         return seconds
@@ -288,7 +289,13 @@ class CheckpointManager:
         return read_job(self._storage) if self._peers.rank == 0 else None
 
     def _place_of(self, job: str) -> Place:
-        return Place(config=self._config, job=job, node=self._node, log_dir=self._log_dir)
+        return Place(
+            config=self._config,
+            job=job,
+            directory=directory_of(self._storage),
+            node=self._node,
+            log_dir=self._log_dir,
+        )
 
     def _started(self) -> Snapshots:
         """The snapshots, set up the first time."""
@@ -304,15 +311,16 @@ class CheckpointManager:
             self._snapshots.on_lost = self._underway.lost.append
         return self._snapshots
 
-    def _write(self, taking: "Future[Taken]") -> Saved | None:
-        """In the writer's thread, on a node's first rank; None where it was skipped."""
+    def _write(self, taking: "Future[Taken]", pinned: bool) -> Saved | None:
+        """In the writer's thread, on a node's first rank; None where it was skipped, unless it was
+        `pinned` later."""
         assert self._place is not None
         assert self._leaders is not None
         assert self._snapshots is not None
         if isinstance(taking.exception(), StorageBusyError):
             return None
         taken = taking.result()
-        if not taken.durable:
+        if not (taken.durable or pinned):
             return None
         try:
             return write_durable(

@@ -19,6 +19,7 @@ def write_part(
     read: Callable[[int], memoryview],
     *,
     member: int = 0,
+    check: Callable[[int], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> StoredPart:
     """Write the file of a part.
@@ -27,6 +28,8 @@ def write_part(
         read: all bytes of the entry with this index, as a view that stays as it is until the next
             entry is asked for; entries are asked for once, in order.
         member: the node that the part belongs to, in the parity groups.
+        check: told the XXH3-64 of all entries' bytes as one run, before the file counts. What it
+            raises ends the write.
         on_bytes: told the number of bytes each time some were handed to the storage.
 
     Returns:
@@ -36,7 +39,7 @@ def write_part(
         OSError: it cannot be written.
     """
     header = table.header()
-    whole = xxhash.xxh3_64(header)
+    whole, run = xxhash.xxh3_64(header), xxhash.xxh3_64()
     digests: list[str] = []
 
     def pieces() -> Iterator[Bytes]:
@@ -49,8 +52,11 @@ def write_part(
                 piece = view[at : at + PIECE_BYTES]
                 digest.update(piece)
                 whole.update(piece)
-                yield piece
+                run.update(piece)  # last: what changes before is refused, what changes now differs
+                yield piece  # from the checksums
             digests.append(digest.hexdigest())
+        if check is not None:
+            check(run.intdigest())
 
     size = storage.write(path, pieces(), on_bytes=on_bytes)
     return StoredPart(

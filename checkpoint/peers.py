@@ -6,11 +6,21 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from phalanx.parallel.deliberate import is_deliberate
+
 T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; raised on every rank, naming the one at fault."""
+    """A checkpoint could not be written or read; raised on every rank, naming the one at fault.
+
+    Args:
+        defect: it was the program: see the traceback of that rank.
+    """
+
+    def __init__(self, text: str, *, defect: bool = False) -> None:
+        super().__init__(text)
+        self.defect = defect
 
 
 class Peers:
@@ -47,12 +57,17 @@ class Peers:
         except Exception as caught:
             error = caught
         answers = self.gather((result, None if error is None else self._blame(error)))
-        failed = dict.fromkeys(text for _, text in answers if text is not None)
+        failed = dict(blame for _, blame in answers if blame is not None)
         if failed:
-            raise CheckpointError(f"{what}: " + "; ".join(failed)) from error
+            text = f"{what}: {'; '.join(failed)}"
+            raise CheckpointError(text, defect=any(failed.values())) from error
         return [answer for answer, _ in answers]  # type: ignore[misc]
 
-    def _blame(self, error: Exception) -> str:
+    def _blame(self, error: Exception) -> tuple[str, bool]:
+        """What to say of an error, and whether it is a defect."""
         if isinstance(error, CheckpointError):  # every rank knows, and the text says who
-            return str(error)
-        return f"rank {self.rank}: {type(error).__name__}: {error}"
+            return str(error), error.defect
+        deliberate = is_deliberate(error)
+        kind = "" if deliberate and isinstance(error, ValueError) else f"{type(error).__name__}: "
+        defect = not deliberate and not isinstance(error, OSError)
+        return f"rank {self.rank}: {kind}{error}", defect

@@ -7,7 +7,7 @@ import xxhash
 
 from phalanx.checkpoint.format import PartTable
 from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest
-from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.storage import ShortFileError, Storage
 
 LOCAL_PIECE = 2 << 20
 """Bytes read at a time from a local file: they are still in the cache when they are hashed."""
@@ -69,6 +69,10 @@ class StorageSource:
                 digest.update(view)
         except FileNotFoundError:
             raise BrokenCheckpointError(f"{path} is missing; it holds {entry.key}") from None
+        except ShortFileError as error:
+            raise BrokenCheckpointError(
+                f"{path} is cut off: {entry.key} is lost ({error.strerror})"
+            ) from None
         if digest.hexdigest() != stored.digests[index]:
             raise BrokenCheckpointError(
                 f"{path} is damaged: {entry.key} has checksum {digest.hexdigest()} instead of "

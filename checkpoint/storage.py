@@ -22,6 +22,10 @@ UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 """Names of files whose write did not end; no one is shown them, and they go with their folder."""
 
 
+class ShortFileError(OSError):
+    """A file ends before the bytes that were asked of it."""
+
+
 class Storage(Protocol):
     """Files by path: names joined with "/", relative to the storage's root.
 
@@ -67,7 +71,8 @@ class Storage(Protocol):
 
         Raises:
             FileNotFoundError: there is none.
-            OSError: it cannot be read, or ends before `view` is full.
+            ShortFileError: it ends before `view` is full.
+            OSError: it cannot be read.
         """
         ...
 

@@ -17,7 +17,7 @@ from fsspec.registry import known_implementations
 from phalanx.checkpoint.config import StorageConfig
 from phalanx.checkpoint.rate_limit import RateLimit
 from phalanx.checkpoint.retry import retry
-from phalanx.checkpoint.storage import UNFINISHED, Bytes, unfinished_name
+from phalanx.checkpoint.storage import UNFINISHED, Bytes, ShortFileError, unfinished_name
 
 T = TypeVar("T")
 
@@ -89,13 +89,10 @@ class FsspecStorage:
 
         def fetch(at: int) -> None:
             begin, end = offset + at, offset + min(at + self._piece_bytes, len(view))
-            found = self._try(
-                path, lambda: self._fs.cat_file(self._path(path), start=begin, end=end)
-            )
+            found = self._range(path, begin, end)
             if len(found) != end - begin:
-                raise OSError(
-                    errno.EIO, f"ends at byte {begin + len(found)}, before {end}", self._where(path)
-                )
+                said = f"ends at byte {self.size(path)}, before {end}"
+                raise ShortFileError(errno.EIO, said, self._where(path))
             view[at : at + len(found)] = found
 
         starts = range(0, len(view), self._piece_bytes)
@@ -106,6 +103,18 @@ class FsspecStorage:
         with ThreadPoolExecutor(min(PARALLEL, len(starts))) as pool:
             for _ in pool.map(fetch, starts):
                 pass
+
+    def _range(self, path: str, begin: int, end: int) -> bytes:
+        """Bytes [begin, end) of a file, or fewer where it ends before."""
+        try:
+            found: bytes = self._try(
+                path, lambda: self._fs.cat_file(self._path(path), start=begin, end=end)
+            )
+        except OSError as error:  # S3 refuses a range that begins behind the end
+            if error.errno == errno.EINVAL and self.size(path) <= begin:
+                return b""
+            raise
+        return found
 
     def write(
         self, path: str, pieces: Iterable[Bytes], *, on_bytes: Callable[[int], None] | None = None

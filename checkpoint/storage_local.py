@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from phalanx.checkpoint.rate_limit import RateLimit
-from phalanx.checkpoint.storage import UNFINISHED, Bytes, unfinished_name
+from phalanx.checkpoint.storage import UNFINISHED, Bytes, ShortFileError, unfinished_name
 
 WRITE_BYTES = 8 << 20
 """Most bytes handed to the system at once: between two such calls others see progress."""
@@ -59,13 +59,11 @@ class LocalStorage:
         """See Storage."""
         file = self._root / path
         with named(file), file.open("rb", buffering=0) as stream:
-            done = 0
-            while done < len(view):
-                count = os.preadv(stream.fileno(), [view[done:]], offset + done)
-                if count == 0:
-                    size = os.fstat(stream.fileno()).st_size
-                    raise OSError(errno.EIO, f"ends at byte {size}, before {offset + len(view)}")
-                done += count
+            if _fill(view, stream.fileno(), offset):
+                return
+            size = os.fstat(stream.fileno()).st_size
+        said = f"ends at byte {size}, before {offset + len(view)}"
+        raise ShortFileError(errno.EIO, said, str(file))
 
     def write(
         self, path: str, pieces: Iterable[Bytes], *, on_bytes: Callable[[int], None] | None = None
@@ -121,6 +119,17 @@ class LocalStorage:
                 if on_bytes is not None:
                     on_bytes(count)
         return size
+
+
+def _fill(view: memoryview, descriptor: int, offset: int) -> bool:
+    """Read until the view is full; False where the file ends before."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            return False
+        done += count
+    return True
 
 
 def _begin_writing(descriptor: int, begin: int, size: int) -> None:

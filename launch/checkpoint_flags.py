@@ -17,7 +17,7 @@ USAGES = {
     "convert": "convert SRC DST",
     "export": "export [--dtype TYPE] SRC DST",
     "import": "import SRC DST",
-    "gc": "gc PLACE [--keep N]",
+    "gc": "gc PLACE [--keep N] | gc PLACE --memory",
 }
 """How each action is called."""
 
@@ -33,6 +33,7 @@ EXAMPLES = (
     "phalanx checkpoint import Llama-3.2-1B checkpoints/llama",
     "phalanx checkpoint export --dtype fp32 runs/tiny/checkpoints exported",
     "phalanx checkpoint gc runs/first --keep 3 --dry-run",
+    "phalanx checkpoint gc runs/first --memory",
 )
 
 OPTIONS = (
@@ -46,14 +47,15 @@ OPTIONS = (
     ("", "state by manifest and file sizes, and what holders on this machine have in"),
     ("", "memory of the run; without a PLACE, what they have of all runs"),
     (USAGES["show"], ""),
-    ("", "tensors by NAME (* and ? stand for anything), and of what run they are"),
+    ("", "tensors by NAME (* and ? stand for anything), of what run they are, and which"),
+    ("", "files are missing or have a wrong size"),
     ("  --shards", "each tensor's boxes too, with file and checksum"),
     ("  --diff", "settings and tensors that differ, across layouts; 1 where tensors do"),
     (USAGES["verify"], ""),
     ("", "reads all of it: every checksum, every box once; names the bad shard and"),
     ("", "whether it can be mended"),
     ("  --repair", "mend from parity (any m nodes' files in a group of k+m nodes), from the"),
-    ("", "manifest's backup, and files that bear each other's names"),
+    ("", "manifest's backup, and files that bear each other's names; all that can be"),
     ("  --from OTHER", "and from another copy of the step, in whatever layout"),
     (USAGES["restore"], ""),
     ("", "DST is a folder of checkpoints, in which step_... is made. Interrupted, the"),
@@ -75,7 +77,9 @@ OPTIONS = (
     ("", "making or can be mended stays"),
     ("  --keep N", "and complete ones but the newest N and step 0 (imported weights)"),
     ("  --keep-every N", "but not those at multiples of N"),
-    ("  --dry-run", "say what would be deleted"),
+    ("  --memory", "instead, end the run's holders on this machine and free what they have in"),
+    ("", "memory; a run that is in use keeps them. PLACE may be gone: as `ls` says it"),
+    ("  --dry-run", "say what would be deleted, or ended"),
     ("Exit codes", "0 all is well; 1 something is broken, differs or failed; 2 bad input"),
 )
 """Flag and meaning, for the help."""
@@ -139,6 +143,7 @@ def _own_flags(action: str, parser: argparse.ArgumentParser) -> None:
     elif action == "gc":
         parser.add_argument("--keep")
         parser.add_argument("--keep-every", default="0")
+        parser.add_argument("--memory", action="store_true")
     elif action == "export":
         parser.add_argument("--dtype")
     if action in ("restore", "gc"):

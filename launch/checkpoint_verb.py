@@ -144,6 +144,8 @@ def _gc(flags: Flags) -> Report:
     from phalanx.checkpoint.tool.gc import gc
 
     _count("gc", flags, 1)
+    if flags.given.memory:
+        return _gc_memory(flags)
     keep = flags.given.keep
     return gc(
         _place(flags.places[0], flags),
@@ -151,6 +153,15 @@ def _gc(flags: Flags) -> Report:
         keep_every=whole("--keep-every", flags.given.keep_every, least=0),
         dry_run=flags.given.dry_run,
     )
+
+
+def _gc_memory(flags: Flags) -> Report:
+    from phalanx.checkpoint.tool.gc_memory import gc_memory
+
+    for flag, value in (("--keep", flags.given.keep), ("--keep-every", flags.given.keep_every)):
+        if value not in (None, "0"):
+            raise BadInput(f"{flag} {value}: has no effect with --memory, which deletes no files")
+    return gc_memory(_place(flags.places[0], flags, gone=True), dry_run=flags.given.dry_run)
 
 
 def _import(flags: Flags) -> Report:
@@ -194,8 +205,12 @@ ACTIONS: dict[str, Callable[[Flags], Report]] = {
 }
 
 
-def _place(text: str, flags: Flags) -> Place:
-    """Where a word points; a run whose checkpoints are elsewhere says so in its config.yaml."""
+def _place(text: str, flags: Flags, *, gone: bool = False) -> Place:
+    """Where a word points; a run whose checkpoints are elsewhere says so in its config.yaml.
+
+    Args:
+        gone: whether what stood there may be deleted.
+    """
     config = StorageConfig(options=flags.options)
     written = Path(text) / "config.yaml"
     if "://" not in text and written.is_file():
@@ -204,6 +219,8 @@ def _place(text: str, flags: Flags) -> Place:
         where, options = str(there.get("dir", "")), (there.get("storage") or {}).get("options")
         if "://" in where or (not (Path(text) / INSIDE_RUN).is_dir() and Path(where).is_dir()):
             return find(where, StorageConfig(options=dict(options or {}) | flags.options))
+    if gone and not Path(text).is_file() and not (storage := open_storage(text, config)).names():
+        return Place(storage=storage, folder=None, text=text)
     return find(text, config)
 
 

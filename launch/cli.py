@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as error:
         return _refuse(str(error))
     except RankFailed as error:
-        print(error.traceback_text.rstrip(), file=sys.stderr)
-        return _fail(f"rank {error.rank} on {error.host} failed")
+        print(error.last_words, file=sys.stderr)
+        return 1
     except Stopped as error:
         return _fail(str(error))
     except KeyboardInterrupt:

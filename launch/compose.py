@@ -11,7 +11,6 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir, initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -21,6 +20,7 @@ from yaml import YAMLError
 
 from phalanx.launch import env
 from phalanx.launch.keys import near
+from phalanx.launch.schema import register_schema
 from phalanx.train.config import Config, Device, Launcher
 
 CONFIG_MODULE = "phalanx.configs"
@@ -37,15 +37,6 @@ class Source:
     """--config-path: searched instead of it."""
     config_name: str = "config"
     """--config-name: the root file."""
-
-
-def register_schema() -> None:
-    """Make the schema known to Hydra as `schema`, the first of configs/config.yaml's defaults."""
-    schema = OmegaConf.structured(Config)
-    # Hydra closes every node against new keys; these are mappings that the user fills.
-    OmegaConf.set_struct(schema.verify.resume_in, False)
-    OmegaConf.set_struct(schema.checkpoint.storage.options, False)
-    ConfigStore.instance().store(name="schema", node=schema)
 
 
 def compose(overrides: Sequence[str], source: Source | None = None) -> Config:

@@ -114,7 +114,8 @@ def _erasure() -> Finding:
 
 def _holder() -> Finding:
     """Start what keeps snapshots, ask it something, and end it."""
-    from phalanx.checkpoint.holder_client import HolderClient, HolderError, start_holder
+    from phalanx.checkpoint.holder_client import HolderClient, HolderError
+    from phalanx.checkpoint.holder_start import start_holder
 
     job = secrets.token_hex(8)
     try:

@@ -2,10 +2,15 @@
 
 import re
 import signal
+import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
+
+from phalanx.parallel.deliberate import is_deliberate
 
 _FOLLOWS = re.compile(
     r"connection (was )?(closed|reset|aborted) by (the )?(remote )?peer|connection closed|"
@@ -32,19 +37,6 @@ def user_input() -> Iterator[None]:
         raise BadInput(str(error)) from error
 
 
-class RankFailed(RuntimeError):
-    """A rank raised, or died."""
-
-    def __init__(self, rank: int, host: str, traceback_text: str) -> None:
-        super().__init__(rank, host, traceback_text)
-        self.rank = rank
-        self.host = host
-        self.traceback_text = traceback_text
-
-    def __str__(self) -> str:
-        return f"{self.traceback_text.rstrip()}\nrank {self.rank} on {self.host} failed"
-
-
 class Stopped(RuntimeError):
     """Ranks that could not stop at a step's end were ended by the signal that asked them to."""
 
@@ -64,17 +56,72 @@ class Failure:
     host: str
     text: str
     """Traceback, or what killed it."""
+    message: str = ""
+    """Of an error whose message says all: see `message_of`."""
+    log: str = ""
+    """Path of the file that has the traceback, if one has."""
+
+    @classmethod
+    def caught(cls, error: BaseException, *, rank: int, log: TextIO | None) -> "Failure":
+        """What this process, a rank, has just caught; its traceback goes to the log."""
+        text = traceback.format_exc()
+        if log is not None:
+            log.write(text)
+        return cls(
+            rank=rank,
+            host=socket.gethostname(),
+            text=text,
+            message=message_of(error),
+            log="" if log is None else log.name,
+        )
 
     @property
     def follows(self) -> bool:
         """Whether this looks like the effect of another rank's failure."""
         return _FOLLOWS.search(self.text) is not None
 
+    @property
+    def last_words(self) -> str:
+        """What is shown: the traceback, unless the message says all and a log has the traceback."""
+        name = f"phalanx: rank {self.rank} on {self.host} failed"
+        if self.message and self.log:
+            return f"phalanx: error: {self.message}\n{name}; its traceback is in {self.log}"
+        return f"{self.text.rstrip()}\n{name}"
 
-def first_failure(failures: list[Failure]) -> RankFailed:
+
+def message_of(error: BaseException) -> str:
+    """The message of an error that is about what the user gave or the run's surroundings; "" where
+    it is, or may be, a defect.
+
+    That is a ValueError, or a CheckpointError that is called none, which a `raise` of this project
+    made: one that torch raised keeps its traceback.
+    """
+    if not is_deliberate(error):
+        return ""
+    if isinstance(error, ValueError):
+        return str(error)
+    from phalanx.checkpoint.peers import CheckpointError  # imports torch, as every rank did
+
+    return str(error) if isinstance(error, CheckpointError) and not error.defect else ""
+
+
+def first_failure(failures: list[Failure]) -> "RankFailed":
     """The failure to show: the earliest that no other rank's failure explains."""
     first = next((failure for failure in failures if not failure.follows), failures[0])
-    return RankFailed(first.rank, first.host, first.text)
+    return RankFailed(first)
+
+
+class RankFailed(RuntimeError):
+    """A rank raised, or died."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure)
+        self.rank = failure.rank
+        self.traceback_text = failure.text
+        self.last_words = failure.last_words
+
+    def __str__(self) -> str:
+        return self.last_words
 
 
 def death(status: int, log: Path | None) -> str:

@@ -22,9 +22,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from phalanx.launch import env
-from phalanx.launch.compose import CONFIG_MODULE, Source, check, compose, register_schema, to_config
+from phalanx.launch.compose import CONFIG_MODULE, Source, check, compose, to_config
 from phalanx.launch.failure import BadInput, user_input
 from phalanx.launch.local import warm_up
+from phalanx.launch.schema import register_schema
 from phalanx.train.config import Config, Launcher
 
 

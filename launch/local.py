@@ -181,8 +181,10 @@ class _Job:
         if "result" in answer:
             return
         log = None if self.log_dir is None else self.log_dir / f"rank{rank}.log"
-        text = answer.get("traceback") or death(status, log)
-        self.failures.append(Failure(rank=rank, host=socket.gethostname(), text=text))
+        failure = answer.get("failure") or Failure(
+            rank=rank, host=socket.gethostname(), text=death(status, log)
+        )
+        self.failures.append(failure)
         if self.deadline is None:
             self.deadline = time.monotonic() + GRACE_S
 

@@ -4,10 +4,10 @@ import faulthandler
 import os
 import pickle
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
+from phalanx.launch.failure import Failure
 from phalanx.launch.logs import redirect
 
 
@@ -25,7 +25,7 @@ def rank_main(
     """Run the pickled `work` as one rank of `plan`, and answer through `answer_fd`.
 
     The answer is a line with the meeting place of the ranks, then a pickled mapping that holds
-    `result` or `traceback`. `around` is the launching process's environment, folder and sys.path.
+    `result` or `failure`. `around` is the launching process's environment, folder and sys.path.
     """
     for source, target in ((stdout_fd, 1), (stderr_fd, 2)):
         os.dup2(source, target)
@@ -42,11 +42,8 @@ def rank_main(
         try:
             result = _work(answer, rank=rank, plan=plan, work=work)
             body = pickle.dumps({"result": result})
-        except BaseException:
-            text = traceback.format_exc()
-            if log is not None:
-                log.write(text)
-            body = pickle.dumps({"traceback": text})
+        except BaseException as error:
+            body = pickle.dumps({"failure": Failure.caught(error, rank=rank, log=log)})
         sys.stdout.flush()
         sys.stderr.flush()
         answer.write(body)

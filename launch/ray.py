@@ -204,7 +204,7 @@ class _Watch:
         if "result" in answer:
             self.results[rank] = answer["result"]
         else:
-            self.failures.append(Failure(rank=rank, host=answer["host"], text=answer["traceback"]))
+            self.failures.append(answer["failure"])
 
 
 def _told(error: Exception) -> str:

@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import ray
 
 from phalanx.launch import env
+from phalanx.launch.failure import Failure
 from phalanx.launch.logs import redirect
 from phalanx.train.config import LaunchConfig
 
@@ -53,7 +53,7 @@ class Rank:
         config: LaunchConfig,
         around: tuple[str, list[str], Path | None],
     ) -> dict[str, Any]:
-        """The rank's work: its result, or its traceback."""
+        """The rank's work: its result, or its failure."""
         from phalanx.parallel.ranks import Ranks
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -68,11 +68,8 @@ class Rank:
             fn, args = ray.cloudpickle.loads(work)
             ranks = Ranks(threads=threads, timeout_s=config.timeout_s, **plan)
             return {"result": fn(ranks, *args)}
-        except BaseException:
-            text = traceback.format_exc()
-            if log is not None:
-                log.write(text)
-            return {"traceback": text, "host": socket.gethostname()}
+        except BaseException as error:
+            return {"failure": Failure.caught(error, rank=plan["rank"], log=log)}
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -50,7 +49,7 @@ def run_torchrun(arguments: Sequence[str], *, config: Config, world_size: int) -
     if failures:
         raise first_failure(failures)
     text = f"torchrun ended with exit code {code}; its messages above name the rank"
-    raise RankFailed(0, socket.gethostname(), text)
+    raise RankFailed(Failure(rank=0, host=socket.gethostname(), text=text))
 
 
 class _Agent:
@@ -151,19 +150,18 @@ def run_as_worker(
     log = redirect(rank=ranks.rank, log_dir=log_dir)
     try:
         return fn(ranks, *args)
-    except Exception:
-        failure = Failure(rank=ranks.rank, host=socket.gethostname(), text=traceback.format_exc())
-        if log is not None and log_dir is not None:
-            log.write(failure.text)
+    except Exception as error:
+        failure = Failure.caught(error, rank=ranks.rank, log=log)
+        if log_dir is not None:
             _failure_file(log_dir, ranks.rank).write_text(json.dumps(vars(failure)))
-        name = f"phalanx: rank {failure.rank} on {failure.host}"
-        if failure.follows and log is not None:
+        if failure.follows and failure.log:
             # The culprit's traceback shall be the one that is seen, and torchrun ends every rank
             # once the first has exited: leave it the time to speak.
-            terminal.write(f"{name} lost a peer; its traceback is in {log.name}\n")
+            name = f"rank {failure.rank} on {failure.host}"
+            terminal.write(f"phalanx: {name} lost a peer; its traceback is in {failure.log}\n")
             time.sleep(CULPRIT_S)
         else:
-            terminal.write(f"{failure.text}{name} failed\n")
+            terminal.write(f"{failure.last_words}\n")
         for stream in (terminal, sys.stdout, sys.stderr):
             stream.flush()
         os._exit(1)  # a background thread may be waiting for ranks that will never come

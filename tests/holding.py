@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from phalanx.checkpoint.erasure import Codec
 from phalanx.checkpoint.format import PartTable, TensorInfo, lay_out, whole
-from phalanx.checkpoint.holder_client import HolderClient, HolderGone, start_holder
+from phalanx.checkpoint.holder_client import HolderClient, HolderGone
 from phalanx.checkpoint.holder_spec import Spec
+from phalanx.checkpoint.holder_start import start_holder
 from phalanx.checkpoint.placement import Stripes
 
 T = TypeVar("T")
@@ -40,6 +41,8 @@ class Cluster:
         self.job = f"test-{os.getpid()}-{next(_count)}"
         self.folder = folder
         self.linger_s = linger_s
+        self.directory = ""
+        """Where the job saves, as holders say it."""
         self.clients: dict[int, HolderClient] = {}
         self.memory: dict[int, list[memoryview]] = {}
         """By rank."""
@@ -61,7 +64,13 @@ class Cluster:
         """Start a node's holder, and connect to it anew."""
         if node in self.clients:
             self.clients[node].close()
-        start_holder(self.job, node, linger_s=self.linger_s, log=self.log(node))
+        start_holder(
+            self.job,
+            node,
+            directory=self.directory,
+            linger_s=self.linger_s,
+            log=self.log(node),
+        )
         self.clients[node] = self.connect(node)
         return self.clients[node]
 
@@ -182,6 +191,11 @@ class Cluster:
                 client.inventory()
         client.close()
 
+    def flip_parity(self, node: int, slot: int, *, at: int = 0) -> None:
+        """Change one bit of a member's parity, as failing memory does."""
+        pid = self.clients[node].inventory()["pid"]
+        flip_bit(pid, f"phalanx-{self.epoch}-parity{node}-slot{slot}", at)
+
     def files(self, node: int, slot: int, step: int, *, name: str) -> dict[str, bytes]:
         """What the holder writes to storage of a snapshot, by file."""
         folder = self.folder / name
@@ -211,6 +225,15 @@ class Cluster:
 def content(nbytes: int, rank: int, step: int) -> bytes:
     """What a rank has to save."""
     return random.Random(f"{rank} {step}").randbytes(nbytes)
+
+
+def flip_bit(pid: int, name: str, at: int) -> None:
+    """Change one bit of a process's memory that has this name."""
+    descriptors = Path(f"/proc/{pid}/fd").iterdir()
+    found = [path for path in descriptors if str(path.readlink()).startswith(f"/memfd:{name} ")]
+    with found[0].open("r+b", buffering=0) as memory:
+        [byte] = os.pread(memory.fileno(), 1, at)
+        os.pwrite(memory.fileno(), bytes([byte ^ 16]), at)
 
 
 def snapshot_memory(pid: int) -> int:

@@ -9,8 +9,8 @@ import xxhash
 
 from phalanx.checkpoint.config import StorageConfig
 from phalanx.checkpoint.erasure import Codec
-from phalanx.checkpoint.folders import folder_name
-from phalanx.checkpoint.format import Box, PartTable, TensorInfo, lay_out
+from phalanx.checkpoint.folders import folder_name, prepare_folder
+from phalanx.checkpoint.format import Box, Entry, PartTable, TensorInfo, lay_out, whole
 from phalanx.checkpoint.manifest import Manifest, StoredParity, new_manifest, write_manifest
 from phalanx.checkpoint.part_file import write_part
 from phalanx.checkpoint.placement import Stripes
@@ -57,28 +57,38 @@ def make(
     step: int,
     arrays: Arrays,
     *,
+    config: StorageConfig | None = None,
+    **cutting: Any,
+) -> Manifest:
+    """Write the checkpoint of a step below `root`; `cutting` is of `write`."""
+    return write(open_storage(root, config), folder_name(step), step, arrays, **cutting)
+
+
+def save(storage: Storage, step: int, *, seed: int = 0, ranks: int = 2) -> tuple[str, Manifest]:
+    """Save `tensors(seed)` as a run does, each time in a new folder: its name, and the manifest."""
+    folder = prepare_folder(storage, step)
+    return folder, write(storage, folder, step, tensors(seed), ranks=ranks)
+
+
+def write(
+    storage: Storage,
+    folder: str,
+    step: int,
+    arrays: Arrays,
+    *,
     ranks: int = 4,
     dim: int = 0,
     nodes: int | None = None,
     groups: Sequence[Sequence[int]] | None = None,
     parity: int = 0,
     meta: dict[str, Any] | None = None,
-    config: StorageConfig | None = None,
 ) -> Manifest:
-    """Write a checkpoint below `root`; nodes are one parity group unless told."""
-    storage = open_storage(root, config)
-    folder = folder_name(step)
+    """Write a checkpoint, part by part as ranks do; nodes are one parity group unless told."""
     nodes = nodes or ranks
     groups = groups or [range(nodes)]
-    tables = cut(arrays, ranks, dim=dim)
     parts, data = [], [bytearray() for _ in range(nodes)]
-    for rank, table in enumerate(tables):
-        pieces = [
-            np.ascontiguousarray(
-                arrays[entry.name][tuple(slice(o, o + n) for o, n in _ranges(entry.box))]
-            ).tobytes()
-            for entry in table.entries
-        ]
+    for rank, table in enumerate(cut(arrays, ranks, dim=dim)):
+        pieces = [piece_of(arrays, entry).tobytes() for entry in table.entries]
         member = rank // (ranks // nodes)
         data[member] += b"".join(pieces)
         parts.append(
@@ -109,8 +119,10 @@ def make(
     return manifest
 
 
-def _ranges(box: Box) -> list[tuple[int, int]]:
-    return list(zip(box.offsets, box.sizes, strict=True))
+def piece_of(arrays: Arrays, entry: Entry) -> np.ndarray:
+    """What a stored box holds."""
+    array = arrays[entry.name]
+    return np.ascontiguousarray(array[entry.box.slices_in(whole(array.shape))])
 
 
 def _write_parity(

@@ -5,17 +5,13 @@ parity or another copy, files under each other's names are told by their checksu
 a manifest is restored from its backup (and the other way round).
 """
 
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
 from phalanx.checkpoint.checksums import check_files
 from phalanx.checkpoint.coverage import uncovered
-from phalanx.checkpoint.manifest import (
-    BACKUP,
-    BrokenCheckpointError,
-    Manifest,
-    read_manifest,
-)
+from phalanx.checkpoint.manifest import BACKUP, BrokenCheckpointError, Manifest, read_manifest
 from phalanx.checkpoint.manifest import NAME as MANIFEST
 from phalanx.checkpoint.storage import Storage
 from phalanx.checkpoint.tool.metered import Metered
@@ -75,35 +71,53 @@ def verify(
 def examine(
     storage: Storage, folder: str, *, repair: bool = False, other: Reader | None = None
 ) -> Checked:
-    """Check a folder's manifests and files, and mend them if `repair`."""
+    """Check a folder's manifests and files, and mend them if `repair`: all that can be mended."""
     listed = look(storage, folder)
     if listed.state == RESTORING:
         return Checked(folder=folder, state=listed.state, reason=listed.reason)
     readable, faults = _manifests(storage, folder)
-    found = [(name, _check(storage, folder, manifest)) for name, manifest in readable.items()]
+    found = {name: _check(storage, folder, manifest) for name, manifest in readable.items()}
     # Where the two differ, a stranger's fits no file.
     source, best = min(
-        found,
+        found.items(),
         key=lambda item: (bool(item[1].reason), len(item[1].faults)),
         default=("", Checked(folder=folder, state=BROKEN, reason=faults.get(MANIFEST, ""))),
     )
     if listed.state == UNFINISHED and not best.fine:  # no save or deletion ended just before
         return Checked(folder=folder, state=UNFINISHED, reason=listed.reason)
-    if best.manifest is None or best.reason:
+    if best.manifest is None:
         return best
     faults |= {name: f"{name} is another one's" for name in readable if name != source}
     find_ways(storage, folder, best, other)
+    best.ways |= dict.fromkeys(faults, source)
     if repair:
         mend(storage, folder, best, other)
-    whole = not best.faults.keys() - best.mended.keys()
-    for name, why in faults.items():
-        best.faults[name], best.ways[name] = why, source
-        if repair and whole:
-            storage.write(f"{folder}/{name}", [storage.read(f"{folder}/{source}")])
-            best.mended[name] = source
+        others = [item for name, item in found.items() if name != source]
+        if best.left and others and (_fits_none(best) or not all(map(_fits_none, others))):
+            best.failed |= dict.fromkeys(faults, "which of the two is right is not clear")
+        else:
+            _mend_manifests(storage, best, faults)
+    best.faults |= faults
     if best.faults:
-        best.state = BROKEN if best.faults.keys() - best.mended.keys() else MENDED
+        best.state = BROKEN if best.left or best.reason else MENDED
     return best
+
+
+def _fits_none(item: Checked) -> bool:
+    """Whether no file was what this manifest says."""
+    return item.manifest is not None and len(item.faults) == len(item.manifest.files)
+
+
+def _mend_manifests(storage: Storage, checked: Checked, names: Iterable[str]) -> None:
+    """Write the one manifest in place of the other."""
+    for name in names:
+        source = f"{checked.folder}/{checked.ways[name]}"
+        try:
+            storage.write(f"{checked.folder}/{name}", [storage.read(source)])
+        except OSError as error:
+            checked.failed[name] = str(error)
+        else:
+            checked.mended[name] = checked.ways[name]
 
 
 def _manifests(storage: Storage, folder: str) -> tuple[dict[str, Manifest], dict[str, str]]:
@@ -135,14 +149,12 @@ def _manifests(storage: Storage, folder: str) -> tuple[dict[str, Manifest], dict
 
 def _check(storage: Storage, folder: str, manifest: Manifest) -> Checked:
     """Every file against one manifest."""
-    gap = uncovered(manifest)
-    if gap is not None:  # as it was written: nothing can be mended
-        return Checked(folder=folder, state=BROKEN, reason=gap, manifest=manifest)
+    gap = uncovered(manifest) or ""  # as it was written: no repair makes it whole
     with byte_bar(f"checking {folder}", manifest.nbytes) as done:
         metered = Metered(storage, done)
         faults = check_files(metered, folder, manifest, manifest.files)
-    state = BROKEN if faults else COMPLETE
-    return Checked(folder=folder, state=state, faults=faults, manifest=manifest)
+    state = BROKEN if faults or gap else COMPLETE
+    return Checked(folder=folder, state=state, reason=gap, faults=faults, manifest=manifest)
 
 
 def _copy_of(folder: str, other: Place) -> Reader | None:
@@ -162,8 +174,6 @@ def _lines(place: Place, item: Checked, *, repair: bool) -> list[str]:
         files, nbytes = len(item.manifest.files), item.manifest.nbytes
         return [f"{url}: complete, {plural(files, 'file')} of {size(nbytes)} hold their checksums"]
     lines = [f"{url}: {item.state}" + (f": {item.reason}" if item.reason else "")]
-    if item.reason:
-        return lines
     for name, why in item.faults.items():
         if name in item.mended:
             lines.append(f"  {why}; mended from {item.mended[name]}")
@@ -173,12 +183,21 @@ def _lines(place: Place, item: Checked, *, repair: bool) -> list[str]:
             lines.append(f"  {why}; --repair can mend it from {item.ways[name]}")
         else:
             lines.append(f"  {why}; cannot be mended from parity")
-    left = item.faults.keys() - item.mended.keys()
-    if left and not left - item.ways.keys() and not repair:
-        lines.append(f"  mend all: phalanx checkpoint verify --repair {url}")
-    elif left:
-        lines.append("  what is left needs another copy: --repair --from OTHER, in any layout")
-    return lines
+    return lines + _advice(item, url, repair=repair)
+
+
+def _advice(item: Checked, url: str, *, repair: bool) -> list[str]:
+    """What to do next about what is left."""
+    left = item.left
+    if not left:
+        return []
+    other = "  what is left needs another copy: --repair --from OTHER, in any layout"
+    if repair:
+        return [f"  mended {len(item.mended)} of {len(item.faults)}", other]
+    mendable = sum(name in item.ways for name in left)
+    what = "all" if mendable == len(left) else f"{mendable} of {len(left)}"
+    command = [f"  mend {what}: phalanx checkpoint verify --repair {url}"] if mendable else []
+    return command if what == "all" else [*command, other]
 
 
 def _content(item: Checked) -> dict[str, Any]:
@@ -197,4 +216,5 @@ def _content(item: Checked) -> dict[str, Any]:
             }
             for name, why in item.faults.items()
         ],
+        "left": item.left,
     }

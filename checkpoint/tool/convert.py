@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from phalanx.checkpoint.dcp import from_dcp, to_dcp
-from phalanx.checkpoint.manifest import read_manifest
 from phalanx.checkpoint.storage import Storage
 from phalanx.checkpoint.tool.places import Place
 from phalanx.checkpoint.tool.progress import byte_bar
@@ -50,7 +49,7 @@ def convert_to_dcp(source: Place, target: Path, *, step: int | None) -> Report:
         OSError: something cannot be read or written.
     """
     folder = source.one(step)
-    manifest = read_manifest(source.storage, folder)
+    manifest = source.manifest(folder)
     total = sum(part.table.nbytes for part in manifest.parts)
     with byte_bar(f"converting {folder}", total) as done:
         to_dcp(source.storage, folder, target, on_bytes=done)

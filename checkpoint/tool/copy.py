@@ -6,26 +6,23 @@ anew after each of them.
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import xxhash
-
+from phalanx.checkpoint.checksums import check_file, held_to, read_range
 from phalanx.checkpoint.manifest import (
     BrokenCheckpointError,
     StoredParity,
     StoredPart,
     write_manifest,
 )
-from phalanx.checkpoint.storage import Bytes
+from phalanx.checkpoint.storage import ShortFileError
 from phalanx.checkpoint.tool.journal import NAME as JOURNAL
 from phalanx.checkpoint.tool.journal import VERSION
 from phalanx.checkpoint.tool.plan import Plan, Restored
 from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.restore import THREADS
-
-READ_BYTES = 8 << 20
 
 
 def restore_by_files(plan: Plan) -> Restored:
@@ -50,7 +47,7 @@ def restore_by_files(plan: Plan) -> Restored:
         bar(stood)
 
         def copy(file: StoredPart | StoredParity) -> None:
-            plan.target.write(f"{plan.name}/{file.file}", _content(plan, file), on_bytes=bar)
+            _copy(plan, file, bar)
             with lock:
                 finished.append(file.file)
                 _note(plan, journal, finished)
@@ -68,20 +65,16 @@ def restore_by_files(plan: Plan) -> Restored:
     return Restored(stood=stood, moved=moved, manifest=plan.manifest)
 
 
-def _content(plan: Plan, file: StoredPart | StoredParity) -> Iterator[Bytes]:
-    """A file's bytes; an error instead of an end where they are not what the manifest says."""
-    digest = xxhash.xxh3_64()
-    for at in range(0, file.size, READ_BYTES):
-        piece = memoryview(bytearray(min(READ_BYTES, file.size - at)))
-        plan.source.read_into(f"{plan.folder}/{file.file}", at, piece)
-        digest.update(piece)
-        yield piece
-    if digest.hexdigest() != file.xxh3_64:
-        raise BrokenCheckpointError(
-            f"{plan.url}: {file.file} has checksum {digest.hexdigest()} instead of "
-            f"{file.xxh3_64}; look with `phalanx checkpoint verify {plan.url}`, whose --repair "
-            "may mend it, then run this restore again"
-        )
+def _copy(plan: Plan, file: StoredPart | StoredParity, on_bytes: Callable[[int], None]) -> None:
+    pieces = read_range(plan.source, f"{plan.folder}/{file.file}", 0, file.size)
+    content = held_to(file.xxh3_64, pieces, what=file.file)
+    try:
+        plan.target.write(f"{plan.name}/{file.file}", content, on_bytes=on_bytes)
+    except (BrokenCheckpointError, FileNotFoundError, ShortFileError):
+        why = check_file(plan.source, plan.folder, file)  # names the shard
+        if why is None:
+            raise
+        raise BrokenCheckpointError(f"{plan.url}: {why}; {plan.advice}") from None
 
 
 def _noted(plan: Plan, journal: str) -> list[str]:
@@ -93,7 +86,7 @@ def _noted(plan: Plan, journal: str) -> list[str]:
     try:
         before: dict[str, Any] = json.loads(plan.target.read(journal))
     except ValueError:
-        raise ValueError(
+        raise BrokenCheckpointError(
             f"{plan.target.url}/{journal} cannot be read; delete that folder and start anew"
         ) from None
     for key, value in facts.items():

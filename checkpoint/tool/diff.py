@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from phalanx.checkpoint.format import ITEM_BYTES, TensorInfo, whole
-from phalanx.checkpoint.manifest import Manifest, read_manifest
+from phalanx.checkpoint.manifest import Manifest
 from phalanx.checkpoint.tool.places import Place
 from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.reading import Array, Reader, tensors_of
 from phalanx.checkpoint.tool.report import Report, columns, plural
 from phalanx.checkpoint.tool.show import shards_of
+from phalanx.checkpoint.tool.state import wrong_files
 
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
@@ -19,14 +20,15 @@ _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 def diff(a: Place, b: Place, *, step: int | None = None) -> Report:
     """Compare tensors bit by bit, and what the savers told about themselves.
 
-    Tensors that are cut alike are compared by their checksums; of others, contents are read.
+    Tensors that are cut alike are compared by their checksums; of others, contents are read. Files
+    that are missing or of a wrong size are told.
 
     Raises:
-        ValueError: a checkpoint is missing, or its manifest cannot be read.
-        BrokenCheckpointError: a shard that had to be read is damaged.
+        ValueError: a checkpoint is missing.
+        BrokenCheckpointError: a manifest, or a shard that had to be read, is damaged.
     """
     folders = a.one(step), b.one(step)
-    manifests = read_manifest(a.storage, folders[0]), read_manifest(b.storage, folders[1])
+    manifests = a.manifest(folders[0]), b.manifest(folders[1])
     settings = list(_settings(*manifests))
     tensors = list(_tensors((a, b), folders, manifests))
     urls = a.url(folders[0]), b.url(folders[1])
@@ -38,14 +40,21 @@ def diff(a: Place, b: Place, *, step: int | None = None) -> Report:
         lines += ["", *columns([("tensor", "differs"), *tensors])]
     same = len(tensors_of(manifests[0]).keys() | tensors_of(manifests[1]).keys()) - len(tensors)
     lines += ["", f"{plural(same, 'tensor')} equal, {len(tensors)} not"]
+    wrong = [
+        {"url": place.url(folder), "file": file, "reason": why}
+        for place, folder, manifest in zip((a, b), folders, manifests, strict=True)
+        for file, why in wrong_files(place.storage, folder, manifest.files.values()).items()
+    ]
+    lines += [f"{item['url']} is broken: {item['reason']}" for item in wrong]
     content = {
         "a": urls[0],
         "b": urls[1],
         "settings": [{"name": n, "a": one, "b": two} for n, one, two in settings],
         "tensors": [{"name": name, "differs": what} for name, what in tensors],
         "equal": same,
+        "wrong_files": wrong,
     }
-    return Report(lines=lines, content=content, fine=not tensors)
+    return Report(lines=lines, content=content, fine=not tensors and not wrong)
 
 
 def _settings(a: Manifest, b: Manifest) -> Iterator[tuple[str, Any, Any]]:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from phalanx.checkpoint.manifest import BrokenCheckpointError
+
 NAME = "restore.journal"
 VERSION = 1
 
@@ -25,6 +27,7 @@ class Journal:
 
     Raises:
         ValueError: another restore is at work here, or began here with other facts.
+        BrokenCheckpointError: the journal is damaged.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
@@ -93,7 +96,9 @@ class Journal:
     def _check(self, before: dict[str, Any]) -> None:
         now, self.facts = self.facts, before
         if not isinstance(before.get("unit_bytes"), int):
-            raise ValueError(f"{self._path}: is damaged; delete its folder, and start anew")
+            raise BrokenCheckpointError(
+                f"{self._path}: is damaged; delete its folder, and start anew"
+            )
         for key, value in now.items():
             if key != "unit_bytes" and before.get(key) != value:
                 raise ValueError(

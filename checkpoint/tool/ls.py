@@ -3,7 +3,6 @@
 Of files only the sizes are looked at; contents are `verify`'s.
 """
 
-from phalanx.checkpoint.job import read_job
 from phalanx.checkpoint.tool.memory import InMemory, in_memory
 from phalanx.checkpoint.tool.places import Place
 from phalanx.checkpoint.tool.report import (
@@ -27,17 +26,11 @@ def ls(place: Place | None) -> Report:
     """
     listed: list[Listed] = []
     lines: list[str] = []
-    memory: list[InMemory] = []
-    silent: list[str] = []
-    if place is None:
-        memory, silent = in_memory()
-    else:
+    if place is not None:
         listed = [look(place.storage, folder) for folder in place.folders()]
         table = _table(listed) if listed else ["  no checkpoints yet"]
         lines += [place.storage.url, *table]
-        job = read_job(place.storage)
-        if job is not None:
-            memory, silent = in_memory(job)
+    memory, silent = in_memory(None if place is None else place.storage)
     if memory:
         lines += [*([""] if lines else []), "in this machine's memory", *_memory_table(memory)]
     elif place is None and not silent:
@@ -77,10 +70,10 @@ def _table(listed: list[Listed]) -> list[str]:
 
 
 def _memory_table(memory: list[InMemory]) -> list[str]:
-    rows = [("step", "age", "size", "job", "node", "layout", "protection", "state")]
+    rows = [("step", "age", "size", "job", "node", "layout", "protection", "state", "of")]
     rows += [
         (
-            str(item.step),
+            "-" if item.step is None else str(item.step),
             age(item.time),
             size(item.bytes),
             item.job,
@@ -88,7 +81,9 @@ def _memory_table(memory: list[InMemory]) -> list[str]:
             item.layout,
             item.protection,
             item.state
-            + (f", {plural(len(item.members), 'node')}' data" if len(item.members) > 1 else ""),
+            + (f", {plural(len(item.members), 'node')}' data" if len(item.members) > 1 else "")
+            + (", forgotten" if item.forgotten else ""),
+            item.directory or "-",
         )
         for item in memory
     ]

@@ -1,73 +1,125 @@
-"""What this user's holders on this machine have in memory."""
+"""This user's holders on this machine, and what they have in memory."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from phalanx.checkpoint.format import PartTable
-from phalanx.checkpoint.holder_client import HolderClient, HolderError, HolderGone, find_holders
+from phalanx.checkpoint.holder_client import HolderClient, HolderError, HolderGone
+from phalanx.checkpoint.holder_start import find_holders
+from phalanx.checkpoint.job import directory_of, read_job
+from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.tool.places import INSIDE_RUN
 from phalanx.checkpoint.tool.report import protection
 
 
 @dataclass(frozen=True, kw_only=True)
-class InMemory:
-    """A snapshot that a holder on this machine has some of."""
+class Holder:
+    """One that answered."""
 
     job: str
     node: int
-    step: int
-    state: str
-    """committed, complete (waits for the other nodes) or filling."""
-    time: float | None
-    bytes: int
+    directory: str
+    """Where its run saves; "" = unknown."""
+    forgotten: bool
+    """Whether that place's job.json no longer names the job, so that no start finds it."""
+    inventory: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InMemory:
+    """A snapshot that a holder on this machine has some of, or a holder without any."""
+
+    directory: str
+    """Where the run saves; "" = unknown."""
+    job: str
+    node: int
+    forgotten: bool
+    """See Holder."""
+    step: int | None = None
+    """None = the holder has no snapshot."""
+    state: str = "none"
+    """committed, complete (waits for the other nodes), filling or damaged."""
+    time: float | None = None
+    bytes: int = 0
     """Of the data that this holder has of it; parity comes on top."""
-    layout: str
-    protection: str
-    members: tuple[int, ...]
+    layout: str = "-"
+    protection: str = "-"
+    members: tuple[int, ...] = ()
     """Places in the job whose data this holder has."""
 
 
-def in_memory(job: str | None = None) -> tuple[list[InMemory], list[str]]:
-    """What this user's holders on this machine have, and which did not answer.
+def holders(storage: Storage | None = None) -> tuple[list[Holder], list[str]]:
+    """This user's holders on this machine, and which did not answer.
 
     Args:
-        job: of this job alone; None = of all.
+        storage: of the run that saves there alone, by its name, or by the place where it has
+            forgotten that (a run's folder that is gone stands for its checkpoints'); None = of all
+            runs.
+
+    Raises:
+        ValueError: the run's job.json is damaged.
+        OSError: the storage cannot be read.
     """
-    found: list[InMemory] = []
+    job = None if storage is None else read_job(storage)
+    place = "" if storage is None else directory_of(storage)
+    places = (place, f"{place}/{INSIDE_RUN}")
+    found: list[Holder] = []
     silent: list[str] = []
     for name, node in find_holders():
-        if job not in (None, name):
-            continue
         try:
             with HolderClient.connect(name, node) as client:
-                found += _of_holder(name, node, client.inventory())
+                directory = client.directory()
+                if storage is not None and name != job and directory not in places:
+                    continue
+                holder = Holder(
+                    job=name,
+                    node=node,
+                    directory=directory,
+                    forgotten=storage is not None and name != job,
+                    inventory=client.inventory(),
+                )
+                found.append(holder)
         except (HolderGone, HolderError) as error:
-            silent.append(f"the holder of job {name}, node {node} does not answer: {error}")
+            if storage is None or name == job:
+                silent.append(f"the holder of job {name}, node {node} does not answer: {error}")
     return found, silent
 
 
-def _of_holder(job: str, node: int, inventory: dict[str, Any]) -> Iterator[InMemory]:
-    for epoch in inventory["epochs"]:
-        spec = epoch["spec"]
-        sizes = [PartTable.from_json(rows).nbytes for rows in spec["parts"]]
-        by_step: dict[int, list[tuple[int, dict[str, Any]]]] = {}
-        for member, held in epoch["members"].items():
-            for slot in held["slots"]:
-                if slot["state"] != "empty":
-                    by_step.setdefault(int(slot["step"]), []).append((int(member), slot))
-        for step, slots in sorted(by_step.items()):
-            meta: dict[str, Any] = next((slot["meta"] for _, slot in slots if slot.get("meta")), {})
-            degrees = meta.get("layout") or {}
-            yield InMemory(
-                job=job,
-                node=node,
-                step=step,
-                state=" and ".join(sorted({slot["state"] for _, slot in slots})),
-                time=meta.get("time"),
-                bytes=sum(
-                    sizes[rank] for member, _ in slots for rank in spec["nodes"][member]["ranks"]
-                ),
-                layout=",".join(f"{axis}={n}" for axis, n in degrees.items() if n != 1) or "-",
-                protection=protection(spec["groups"], spec["parity"]),
-                members=tuple(sorted(member for member, _ in slots)),
-            )
+def in_memory(storage: Storage | None = None) -> tuple[list[InMemory], list[str]]:
+    """What holders have, and which did not answer; see `holders`."""
+    found, silent = holders(storage)
+    return [item for holder in found for item in _of_holder(holder)], silent
+
+
+def _of_holder(holder: Holder) -> list[InMemory]:
+    none = InMemory(
+        directory=holder.directory, job=holder.job, node=holder.node, forgotten=holder.forgotten
+    )
+    epochs = holder.inventory["epochs"]
+    return [replace(none, **facts) for epoch in epochs for facts in _of_epoch(epoch)] or [none]
+
+
+def _of_epoch(epoch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is to be said of each snapshot in it."""
+    spec = epoch["spec"]
+    sizes = [PartTable.from_json(rows).nbytes for rows in spec["parts"]]
+    by_step: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+    for member, held in epoch["members"].items():
+        for slot in held["slots"]:
+            if slot["state"] != "empty":
+                by_step.setdefault(int(slot["step"]), []).append((int(member), slot))
+    for step, slots in sorted(by_step.items()):
+        meta: dict[str, Any] = next((slot["meta"] for _, slot in slots if slot.get("meta")), {})
+        degrees = meta.get("layout") or {}
+        yield {
+            "step": step,
+            "state": " and ".join(sorted({slot["state"] for _, slot in slots})),
+            "time": meta.get("time"),
+            "bytes": sum(
+                sizes[rank] for member, _ in slots for rank in spec["nodes"][member]["ranks"]
+            ),
+            "layout": ",".join(f"{axis}={n}" for axis, n in degrees.items() if n != 1) or "-",
+            "protection": protection(spec["groups"], spec["parity"]),
+            "members": tuple(sorted(member for member, _ in slots)),
+        }

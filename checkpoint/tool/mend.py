@@ -5,10 +5,10 @@ had from parity when no stripe that it touches has lost more than parity makes u
 replaced only by one whose checksum is the manifest's.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-import xxhash
-
+from phalanx.checkpoint.checksums import held_to
 from phalanx.checkpoint.erasure import Codec
 from phalanx.checkpoint.manifest import (
     BrokenCheckpointError,
@@ -17,9 +17,11 @@ from phalanx.checkpoint.manifest import (
     StoredPart,
 )
 from phalanx.checkpoint.storage import Bytes, Storage
-from phalanx.checkpoint.tool.groups import File, Group
+from phalanx.checkpoint.tool.groups import File, Group, Unit
 from phalanx.checkpoint.tool.reading import Reader
 
+PARITY, OTHER = "parity", "the other copy"
+"""Out of what a file can be had."""
 PIECE_BYTES = 4 << 20
 """Bytes of a unit that are rebuilt at a time."""
 
@@ -45,14 +47,16 @@ class Mender:
         self.broken = set(broken)
         self._other = other
         self._groups = Group.all_of(manifest)
+        self._tried: set[tuple[str, str]] = set()
+        """Files, and ways that did not bring them."""
 
     def mendable(self) -> dict[str, str]:
-        """Broken files that can be had, and out of what; not all of those at once, perhaps."""
+        """Broken files that can be had, and out of what, in an order in which that is so."""
         left = set(self.broken)
         found: dict[str, str] = {}
         while True:  # each file that is had again may help to have another
-            ways = {file: self._way(self._manifest.files[file], left) for file in sorted(left)}
-            new = {file: way for file, way in ways.items() if way}
+            ways = {name: self._way(name, left) for name in sorted(left)}
+            new = {name: way for name, way in ways.items() if way}
             if not new:
                 return found
             found |= new
@@ -68,41 +72,55 @@ class Mender:
         """
         mended: dict[str, str] = {}
         failed: dict[str, str] = {}
-        for name, way in self.mendable().items():
-            file = self._manifest.files[name]
-            if failed and self._way(file, self.broken) != way:
-                failed[name] = f"it needs {', '.join(failed)}"
-                continue
-            pieces = self._from_parity(file) if way == "parity" else self._from_other(file)
-            checked = _checked(name, file, pieces)
-            try:
-                self._storage.write(f"{self._folder}/{name}", checked, on_bytes=on_bytes)
-            except (BrokenCheckpointError, OSError) as error:
-                failed[name] = str(error)
-                continue
-            self.broken.remove(name)
-            mended[name] = way
-        return mended, failed
+        hoped = self.mendable()
+        while plan := self.mendable():
+            for name, way in plan.items():
+                if self._way(name, self.broken) != way:  # what it needs could not be had
+                    break
+                try:
+                    self._write(name, way, on_bytes)
+                except (BrokenCheckpointError, OSError) as error:
+                    self._tried.add((name, way))
+                    failed[name] = str(error)
+                else:
+                    self.broken.remove(name)
+                    mended[name] = way
+        failed = {name: why for name, why in failed.items() if name not in mended}
+        needs = f"it needs {', '.join(failed)}"
+        return mended, {name: failed.get(name, needs) for name in hoped if name not in mended}
 
-    def _way(self, file: File, left: set[str]) -> str:
-        """Out of what a file can be had: parity, another copy, or "" nothing."""
-        group = self._group_of(file)
-        if group is not None:
-            lost = group.missing_parity()
-            for name in left:
-                other = self._manifest.files[name]
-                if other.member in group.members:
-                    lost |= group.units_of(other)
-            counts: dict[int, int] = {}
-            for stripe, _ in lost:
-                counts[stripe] = counts.get(stripe, 0) + 1
-            if all(counts[stripe] <= group.num_parity for stripe, _ in group.units_of(file)):
-                return "parity"
-        if isinstance(file, StoredPart) and not file.table.nbytes:
-            return "parity"  # a header, which the manifest knows
+    def _write(self, name: str, way: str, on_bytes: Callable[[int], None] | None) -> None:
+        file = self._manifest.files[name]
+        pieces = self._from_parity(file) if way == PARITY else self._from_other(file)
+        content = held_to(file.xxh3_64, pieces, what=f"{name}, as rebuilt,")
+        self._storage.write(f"{self._folder}/{name}", content, on_bytes=on_bytes)
+
+    def _way(self, name: str, left: set[str]) -> str:
+        """Out of what a file can be had while those of `left` are lost; "" where it cannot."""
+        file = self._manifest.files[name]
+        ways = []
+        if self._in_parity(file, left):
+            ways.append(PARITY)
         if self._other is not None and isinstance(file, StoredPart):
-            return "the other copy"
-        return ""
+            ways.append(OTHER)
+        return next((way for way in ways if (name, way) not in self._tried), "")
+
+    def _in_parity(self, file: File, left: set[str]) -> bool:
+        """Whether no stripe of the file has lost more than parity makes up for."""
+        if isinstance(file, StoredPart) and not file.table.nbytes:
+            return True  # a header, which the manifest knows
+        group = self._group_of(file)
+        if group is None:
+            return False
+        counts = Counter(stripe for stripe, _ in self._lost(group, left))
+        return all(counts[stripe] <= group.num_parity for stripe, _ in group.units_of(file))
+
+    def _lost(self, group: Group, left: set[str]) -> set[Unit]:
+        """Units of a group that are in no file, or in one of `left`."""
+        files = (self._manifest.files[name] for name in left)
+        return group.missing_parity().union(
+            *(group.units_of(file) for file in files if file.member in group.members)
+        )
 
     def _group_of(self, file: File) -> Group | None:
         return next((group for group in self._groups if file.member in group.members), None)
@@ -140,13 +158,7 @@ class Mender:
     ) -> Iterator[Bytes]:
         """Bytes [begin, end) of a lost unit."""
         stripes = group.stripes
-        lost = group.missing_parity().union(
-            *(
-                group.units_of(self._manifest.files[name])
-                for name in self.broken
-                if self._manifest.files[name].member in group.members
-            )
-        )
+        lost = self._lost(group, self.broken)
         whole = [i for i in range(stripes.n) if (stripe, i) not in lost][: stripes.k]
         codec = Codec(stripes.k, stripes.m)
         for at in range(begin, end, PIECE_BYTES):
@@ -178,16 +190,3 @@ class Mender:
                 self._storage.read_into(path, part.data_begin + low - first, there)
             first = last
         return found
-
-
-def _checked(name: str, file: File, pieces: Iterator[Bytes]) -> Iterator[Bytes]:
-    """The pieces; an error instead of an end where they are not the file that is wanted."""
-    digest = xxhash.xxh3_64()
-    for piece in pieces:
-        digest.update(piece)
-        yield piece
-    if digest.hexdigest() != file.xxh3_64:
-        raise BrokenCheckpointError(
-            f"{name}: what was rebuilt has checksum {digest.hexdigest()} instead of "
-            f"{file.xxh3_64}; the file was left as it was"
-        )

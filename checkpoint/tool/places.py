@@ -6,6 +6,7 @@ from phalanx.checkpoint.config import StorageConfig
 from phalanx.checkpoint.folders import PATTERN, complete_folders, step_folders
 from phalanx.checkpoint.job import NAME as JOB
 from phalanx.checkpoint.manifest import NAME as MANIFEST
+from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest, read_manifest
 from phalanx.checkpoint.storage import Storage, open_storage
 
 INSIDE_RUN = "checkpoints"
@@ -26,6 +27,17 @@ class Place:
     def url(self, folder: str) -> str:
         """A checkpoint's name for people."""
         return f"{self.storage.url.rstrip('/')}/{folder}"
+
+    def manifest(self, folder: str) -> Manifest:
+        """The manifest of a checkpoint.
+
+        Raises:
+            BrokenCheckpointError: it is missing or damaged; names the checkpoint.
+        """
+        try:
+            return read_manifest(self.storage, folder)
+        except BrokenCheckpointError as error:
+            raise BrokenCheckpointError(f"{self.url(folder)}: {error}") from None
 
     def one(self, step: int | None = None) -> str:
         """The checkpoint that is meant: the one named, that of `step`, or the newest complete.

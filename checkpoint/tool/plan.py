@@ -49,6 +49,14 @@ class Plan:
         return [*map(Stream.of_part, self.manifest.parts), *map(Stream.of_parity, parity)]
 
     @property
+    def advice(self) -> str:
+        """What to do about a source that is damaged."""
+        return (
+            f"look with `phalanx checkpoint verify {self.url}`, whose --repair may mend it, then "
+            "run this restore again"
+        )
+
+    @property
     def targets(self) -> list[Stream]:
         """Files that are written."""
         if self.cutting.tables is None:

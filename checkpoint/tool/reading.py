@@ -52,7 +52,10 @@ class Reader:
         places = self._places.get(name, [])
         if not places:
             raise BrokenCheckpointError(f"{self._folder} holds no {name}")
-        found = np.empty(box.sizes, item_type(places[0][0].table.entries[places[0][1]].info.dtype))
+        info = places[0][0].table.entries[places[0][1]].info
+        if len(info.shape) != len(box.sizes):
+            raise BrokenCheckpointError(f"{self._folder}: {name} has the shape {list(info.shape)}")
+        found = np.empty(box.sizes, item_type(info.dtype))
         left = prod(box.sizes)
         for part, index in places:
             entry = part.table.entries[index]

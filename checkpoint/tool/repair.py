@@ -1,13 +1,13 @@
 """Mending a checkpoint that was checked: from parity, another copy, or files under wrong names."""
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from phalanx.checkpoint.checksums import digest_range
+from phalanx.checkpoint.checksums import digest_range, held_to, read_range
 from phalanx.checkpoint.manifest import BACKUP, Manifest
 from phalanx.checkpoint.manifest import NAME as MANIFEST
-from phalanx.checkpoint.storage import Bytes, Storage
+from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.stored import StoredFile
 from phalanx.checkpoint.tool.mend import Mender
 from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.reading import Reader
@@ -17,7 +17,6 @@ MENDED = "mended"
 """State of a checkpoint that was broken, and of which nothing is any more."""
 ASIDE = ".misplaced"
 """Ending of a file's name while contents change places."""
-READ_BYTES = 8 << 20
 
 
 @dataclass(kw_only=True)
@@ -28,7 +27,7 @@ class Checked:
     state: str
     """complete, broken, unfinished or restoring; mended where a repair left nothing."""
     reason: str = ""
-    """Why nothing of it could be checked."""
+    """What is wrong with all of it; then perhaps nothing of it could be checked."""
     faults: dict[str, str] = field(default_factory=dict)
     """Broken file to what is wrong with it."""
     ways: dict[str, str] = field(default_factory=dict)
@@ -38,6 +37,11 @@ class Checked:
     failed: dict[str, str] = field(default_factory=dict)
     """File to why mending it failed."""
     manifest: Manifest | None = None
+
+    @property
+    def left(self) -> list[str]:
+        """Broken files that are not mended."""
+        return [name for name in self.faults if name not in self.mended]
 
     @property
     def fine(self) -> bool:
@@ -77,17 +81,16 @@ def mend(storage: Storage, folder: str, checked: Checked, other: Reader | None) 
 
     Raises:
         OSError: files could not be put under their own names; what they hold is still there.
+        BrokenCheckpointError: what they hold has changed since.
     """
     assert checked.manifest is not None
     files = checked.manifest.files
     moved = misplaced(storage, folder, checked)
     for name, source in moved.items():  # all aside before any is overwritten
         if source != name + ASIDE:
-            content = _pieces(storage, f"{folder}/{source}", files[name].size)
-            storage.write(f"{folder}/{name}{ASIDE}", content)
+            _copy(storage, folder, files[name], source, name + ASIDE)
     for name in moved:
-        aside = f"{folder}/{name}{ASIDE}"
-        storage.write(f"{folder}/{name}", _pieces(storage, aside, files[name].size))
+        _copy(storage, folder, files[name], name + ASIDE, name)
     for name in storage.names(folder):
         if name.endswith(ASIDE):
             storage.delete(f"{folder}/{name}")
@@ -100,9 +103,7 @@ def mend(storage: Storage, folder: str, checked: Checked, other: Reader | None) 
     checked.mended |= mended
 
 
-def _pieces(storage: Storage, path: str, count: int) -> Iterator[Bytes]:
-    buffer = memoryview(bytearray(min(count, READ_BYTES)))
-    for at in range(0, count, READ_BYTES):
-        view = buffer[: min(len(buffer), count - at)]
-        storage.read_into(path, at, view)
-        yield view
+def _copy(storage: Storage, folder: str, file: StoredFile, source: str, target: str) -> None:
+    """Write what `source` holds, which is the content of `file`, to `target`."""
+    pieces = read_range(storage, f"{folder}/{source}", 0, file.size)
+    storage.write(f"{folder}/{target}", held_to(file.xxh3_64, pieces, what=source))

@@ -19,10 +19,8 @@ from pathlib import Path
 import xxhash
 
 from phalanx.checkpoint.format import PartTable
-from phalanx.checkpoint.manifest import (
-    BrokenCheckpointError,
-    write_manifest,
-)
+from phalanx.checkpoint.manifest import BrokenCheckpointError, write_manifest
+from phalanx.checkpoint.storage import ShortFileError
 from phalanx.checkpoint.tool.finishing import check_targets
 from phalanx.checkpoint.tool.journal import NAME as JOURNAL
 from phalanx.checkpoint.tool.journal import Journal
@@ -115,9 +113,8 @@ class _Mover:
             names = ", ".join(name for _, name in wrong[:3])
             more = f" and {len(wrong) - 3} more" if wrong[3:] else ""
             raise BrokenCheckpointError(
-                f"{self._plan.url}: {names}{more}: not what the manifest says; all else stands. "
-                f"Look with `phalanx checkpoint verify {self._plan.url}`, whose --repair may mend "
-                "it, then run this restore again"
+                f"{self._plan.url}: {names}{more}: not what the manifest says; all else stands; "
+                f"{self._plan.advice}"
             )
 
     def compare_all(self) -> None:
@@ -140,20 +137,35 @@ class _Mover:
 
     def _bring(self, unit: Unit) -> memoryview:
         """A unit's bytes, which stand in the target when this returns."""
-        source, noted = self._sources[unit.source], self._journal.done.get(unit.number)
+        noted = self._journal.done.get(unit.number)
         if noted is not None:
             data = self._files.gather(unit)
             if xxhash.xxh3_64_hexdigest(data) == noted:
                 with self._lock:
                     self.stood += unit.nbytes
                 return data
-        data = memoryview(bytearray(unit.nbytes))
-        path = f"{self._plan.folder}/{source.file}"
-        self._plan.source.read_into(path, len(source.header) + unit.begin, data)
+        data = self._read(unit)
         self._files.scatter(unit, data)
         self._journal.add(unit.number, xxhash.xxh3_64_hexdigest(data))
         with self._lock:
             self.moved += unit.nbytes
+        return data
+
+    def _read(self, unit: Unit) -> memoryview:
+        """A unit's bytes, out of the source."""
+        source = self._sources[unit.source]
+        data = memoryview(bytearray(unit.nbytes))
+        path = f"{self._plan.folder}/{source.file}"
+        try:
+            self._plan.source.read_into(path, len(source.header) + unit.begin, data)
+        except (FileNotFoundError, ShortFileError) as error:
+            size = 0 if isinstance(error, FileNotFoundError) else self._plan.source.size(path)
+            entries = (source.table.entries[index] for index, _ in unit.slabs)
+            lost = next(e.key for e in entries if len(source.header) + e.begin + e.nbytes > size)
+            raise BrokenCheckpointError(
+                f"{self._plan.url}: {source.file}: {lost} is lost ({error.strerror}); "
+                f"{self._plan.advice}"
+            ) from None
         return data
 
     def _results(

@@ -51,12 +51,13 @@ def restore(
 
     Raises:
         ValueError: source, target and step do not fit, or staging is missing.
-        BrokenCheckpointError: a shard is not what the source's manifest says.
+        BrokenCheckpointError: a file or shard is not what the source's manifest says, or that is
+            damaged, or a broken checkpoint stands where this one is to.
         OSError: the source cannot be read or the target not written; what stands stays.
     """
     storage, name = target(where, config)
     folder = source.one(step if step is not None else _going_on(source, storage, name))
-    manifest = read_manifest(source.storage, folder)
+    manifest = source.manifest(folder)
     if name is None:
         name = folder_name(manifest.step)
     elif step_of(name) != manifest.step:
@@ -121,6 +122,7 @@ def _stands(plan: Plan) -> bool:
 
     Raises:
         ValueError: it holds another checkpoint.
+        BrokenCheckpointError: it holds a broken one.
     """
     if not plan.target.exists(f"{plan.name}/{MANIFEST}"):
         return False
@@ -128,7 +130,9 @@ def _stands(plan: Plan) -> bool:
     try:
         there = read_manifest(plan.target, plan.name)
     except BrokenCheckpointError as error:
-        raise ValueError(f"{place}: a broken checkpoint stands there ({error})") from None
+        raise BrokenCheckpointError(
+            f"{place}: a broken checkpoint stands there ({error})"
+        ) from None
     wanted = plan.finished(
         StoredPart(file=t.file, size=t.size, xxh3_64="", table=t.table, digests=t.digests)
         for t in plan.targets

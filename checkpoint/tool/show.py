@@ -1,4 +1,4 @@
-"""`phalanx checkpoint show`: what a checkpoint is made of, by its manifest alone."""
+"""`phalanx checkpoint show`: what a checkpoint is made of, by its manifest and its files' sizes."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from phalanx.checkpoint.format import ITEM_BYTES, Box, Entry
-from phalanx.checkpoint.manifest import Manifest, StoredPart, read_manifest
+from phalanx.checkpoint.manifest import Manifest, StoredPart
 from phalanx.checkpoint.tool.places import Place
 from phalanx.checkpoint.tool.report import (
     Report,
@@ -18,6 +18,7 @@ from phalanx.checkpoint.tool.report import (
     size,
     when,
 )
+from phalanx.checkpoint.tool.state import wrong_files
 
 Shards = dict[str, list[tuple[StoredPart, Entry, str]]]
 """By tensor: file, box and checksum of each of its pieces."""
@@ -30,7 +31,7 @@ def show(
     patterns: Iterable[str] = (),
     shards: bool = False,
 ) -> Report:
-    """Tensors of one checkpoint.
+    """Tensors of one checkpoint, and which of its files are missing or of a wrong size.
 
     Args:
         patterns: names wanted, with * and ?; none = all.
@@ -41,7 +42,7 @@ def show(
         BrokenCheckpointError: its manifest cannot be read.
     """
     folder = place.one(step)
-    manifest = read_manifest(place.storage, folder)
+    manifest = place.manifest(folder)
     wanted = tuple(patterns)
     found = {
         name: pieces
@@ -57,6 +58,8 @@ def show(
     total = sum(entry.nbytes for pieces in found.values() for _, entry, _ in pieces)
     count = sum(map(len, found.values()))
     lines.append(f"{plural(len(found), 'tensor')} in {plural(count, 'shard')}, {size(total)}")
+    wrong = wrong_files(place.storage, folder, manifest.files.values())
+    lines += [f"broken: {why}" for why in wrong.values()]
     content = {
         "url": place.url(folder),
         "step": manifest.step,
@@ -69,8 +72,9 @@ def show(
         "groups": [list(group) for group in manifest.groups],
         "meta": manifest.meta,
         "tensors": [_tensor(name, pieces) for name, pieces in found.items()],
+        "wrong_files": [{"file": file, "reason": why} for file, why in wrong.items()],
     }
-    return Report(lines=lines, content=content)
+    return Report(lines=lines, content=content, fine=not wrong)
 
 
 def shards_of(manifest: Manifest) -> Shards:

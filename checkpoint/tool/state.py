@@ -1,18 +1,14 @@
 """What state a checkpoint's folder is in, by its manifest and the sizes of its files."""
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from phalanx.checkpoint.manifest import NAME as MANIFEST
-from phalanx.checkpoint.manifest import (
-    BrokenCheckpointError,
-    Manifest,
-    StoredParity,
-    StoredPart,
-    read_manifest,
-)
+from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest, read_manifest
 from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.stored import StoredFile
 from phalanx.checkpoint.tool.journal import NAME as JOURNAL
 from phalanx.checkpoint.tool.places import step_of
 
@@ -80,16 +76,24 @@ def look(storage: Storage, folder: str) -> Listed:
 
 def wrong_sizes(storage: Storage, folder: str, manifest: Manifest) -> str:
     """Which file is missing or of another size; "" where all are as they should be."""
+    wrong = wrong_files(storage, folder, manifest.files.values())
+    more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return next(iter(wrong.values())) + more if wrong else ""
 
-    def look_at(file: StoredPart | StoredParity) -> str | None:
+
+def wrong_files(storage: Storage, folder: str, files: Iterable[StoredFile]) -> dict[str, str]:
+    """Files that are missing or of another size, and which it is; none is read."""
+
+    def look_at(file: StoredFile) -> str:
         try:
-            found = storage.size(f"{folder}/{file.file}")
+            size = storage.size(f"{folder}/{file.file}")
         except FileNotFoundError:
             return f"{file.file} is missing"
-        return None if found == file.size else f"{file.file} has {found} bytes, not {file.size}"
+        if size == file.size:
+            return ""
+        return f"{file.file} has {size} bytes, not {file.size}"
 
+    files = list(files)
     with ThreadPoolExecutor(THREADS) as pool:  # far away, each question takes a while
-        answers = list(pool.map(look_at, manifest.files.values()))
-    wrong = [answer for answer in answers if answer is not None]
-    more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    return wrong[0] + more if wrong else ""
+        answers = pool.map(look_at, files)
+        return {file.file: why for file, why in zip(files, answers, strict=True) if why}

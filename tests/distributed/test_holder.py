@@ -15,14 +15,9 @@ from pathlib import Path
 import pytest
 
 from phalanx.checkpoint import holder_socket
-from phalanx.checkpoint.holder_client import (
-    HolderClient,
-    HolderError,
-    HolderGone,
-    find_holders,
-    start_holder,
-)
+from phalanx.checkpoint.holder_client import HolderClient, HolderError, HolderGone
 from phalanx.checkpoint.holder_socket import socket_path
+from phalanx.checkpoint.holder_start import find_holders, start_holder
 from phalanx.checkpoint.transport import RefusedError, dial
 from tests.holding import Cluster, content, snapshot_memory, together
 

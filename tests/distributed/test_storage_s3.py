@@ -14,10 +14,10 @@ from phalanx.checkpoint.checksums import check_files
 from phalanx.checkpoint.config import StorageConfig
 from phalanx.checkpoint.folders import complete_folders, prepare_folder, prune
 from phalanx.checkpoint.manifest import read_manifest
-from phalanx.checkpoint.storage import Storage, open_storage
+from phalanx.checkpoint.storage import ShortFileError, Storage, open_storage
 from phalanx.checkpoint.storage_s3 import S3Storage
 from tests.s3 import BUCKET, Link, Server, client, open_bucket, options
-from tests.small_checkpoint import save_checkpoint
+from tests.stored import save
 
 MIB = 1 << 20
 PIECE = 5 * MIB
@@ -131,25 +131,32 @@ def test_a_folder_that_holds_nothing_but_an_upload_is_seen_and_pruned(
         yield bytes(2 * PIECE)
         raise Interrupted
 
-    save_checkpoint(storage, 1)
+    save(storage, 1)
     with pytest.raises(Interrupted):
         storage.write("step_00000002/part-00000.safetensors", broken_off())
     assert storage.names() == ["step_00000001", "step_00000002"]
     assert storage.names("step_00000002") == []
-    save_checkpoint(storage, 3)
+    save(storage, 3)
     deleted, problems = prune(storage, saved=3, keep=1, keep_every=0, rejected=())
     assert (deleted, problems) == (["step_00000001", "step_00000002"], [])
     assert uploads(server, folder) == []
     assert storage.names() == ["step_00000003"]
 
 
+def test_a_file_that_ends_too_early_is_told(storage: Storage) -> None:
+    storage.write("a/file", [bytes(100)])
+    for begin, end in ((50, 101), (100, 101), (2 * PIECE, 2 * PIECE + 1)):
+        with pytest.raises(ShortFileError, match=f"ends at byte 100, before {end}: 's3://"):
+            storage.read_into("a/file", begin, memoryview(bytearray(end - begin)))
+
+
 def test_a_step_saved_anew_replaces_the_old_when_it_stands(storage: Storage) -> None:
-    save_checkpoint(storage, 1)
-    old, _ = save_checkpoint(storage, 2, seed=1)
+    save(storage, 1)
+    old, _ = save(storage, 2, seed=1)
     fresh = prepare_folder(storage, 2)
     storage.write(f"{fresh}/part-00000.safetensors", [b"half"])
     assert complete_folders(storage) == {1: "step_00000001", 2: old}
-    again, written = save_checkpoint(storage, 2, seed=2)
+    again, written = save(storage, 2, seed=2)
     assert (fresh, again) == ("step_00000002.r1", "step_00000002.r2")
     assert complete_folders(storage) == {1: "step_00000001", 2: again}
     assert prune(storage, saved=2, keep=1, keep_every=0, rejected=())[1] == []

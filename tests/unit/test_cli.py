@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from phalanx.launch import env, hydra_app, verbs
 from phalanx.launch.cli import main
-from phalanx.launch.failure import RankFailed
+from phalanx.launch.failure import Failure, first_failure
 from phalanx.launch.hydra_app import Command, Job
 from phalanx.train.config import Config, Device
 
@@ -270,16 +270,37 @@ def test_arguments_for_other_processes_compose_the_same(tmp_path: Path) -> None:
     assert (again.source.config_dir, again.overrides) == (str(tmp_path), ["training.steps=4"])
 
 
+DEFECT = "Traceback ...\nZeroDivisionError: the culprit"
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({}, [*DEFECT.splitlines(), "phalanx: rank 3 on node7 failed"]),
+        ({"message": "x=1: must be 2"}, [*DEFECT.splitlines(), "phalanx: rank 3 on node7 failed"]),
+        (
+            {"message": "x=1: must be 2", "log": "a/rank3.log"},
+            [
+                "phalanx: error: x=1: must be 2",
+                "phalanx: rank 3 on node7 failed; its traceback is in a/rank3.log",
+            ],
+        ),
+    ],
+)
 def test_a_failed_rank_is_told_last_and_returns_1(
-    trained: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    trained: list[Config],
+    facts: dict[str, str],
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
 ) -> None:
     def launch(*_: object, **__: object) -> list[object]:
-        raise RankFailed(3, "node7", "Traceback ...\nZeroDivisionError: the culprit\n")
+        raise first_failure([Failure(rank=3, host="node7", text=f"{DEFECT}\n", **facts)])
 
     monkeypatch.setattr(verbs, "launch", launch)
     assert main(["train", f"run.dir={tmp_path}/run"]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-2:] == ["ZeroDivisionError: the culprit", "phalanx: rank 3 on node7 failed"]
+    assert capsys.readouterr().err.splitlines()[-len(said) :] == said
 
 
 def test_a_defect_of_ours_keeps_its_traceback(

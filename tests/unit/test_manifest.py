@@ -30,7 +30,7 @@ from phalanx.checkpoint.manifest import (
 )
 from phalanx.checkpoint.part_file import write_part
 from phalanx.checkpoint.storage import Storage, open_storage
-from tests.small_checkpoint import cut, save_checkpoint, some_tensors
+from tests.stored import piece_of, save, tensors, write
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_manifest_returns_what_was_written(storage: Storage) -> None:
 
 
 def test_every_damage_of_one_bit_or_cut_is_refused(storage: Storage, tmp_path: Path) -> None:
-    folder, _ = save_checkpoint(storage, 3)
+    folder, _ = save(storage, 3)
     text = storage.read(f"{folder}/{NAME}")
     rng = random.Random(0)
     ends = [0, 1, 11, len(text) // 2, *range(len(text) - 40, len(text))]
@@ -149,17 +149,18 @@ def write_unchecked(
 
 
 def test_part_files_are_safetensors(storage: Storage, tmp_path: Path) -> None:
-    folder, manifest = save_checkpoint(storage, 3, seed=5, parts=3)
-    tensors = some_tensors(5)
-    for part, boxes in zip(manifest.parts, cut(tensors, 3), strict=True):
-        found = load_file(tmp_path / folder / part.file)
-        assert len(found) == len(boxes)
+    arrays = tensors(5) | {"f64": np.arange(7.0), "i64": np.array(5)}
+    del arrays["model.half"]  # NumPy has no such type
+    manifest = write(storage, "a", 3, arrays, ranks=3)
+    for part in manifest.parts:
+        found = load_file(tmp_path / "a" / part.file)
+        assert len(found) == len(part.table.entries)
         for entry in part.table.entries:
-            array = boxes[entry.name][1]
+            array = piece_of(arrays, entry)
             np.testing.assert_array_equal(found[entry.key], array)
             assert found[entry.key].dtype == array.dtype
     assert uncovered(manifest) is None
-    assert check_files(storage, folder, manifest, manifest.files) == {}
+    assert check_files(storage, "a", manifest, manifest.files) == {}
 
 
 def test_an_empty_part_and_empty_boxes_are_files_too(storage: Storage) -> None:
@@ -176,7 +177,7 @@ def test_an_empty_part_and_empty_boxes_are_files_too(storage: Storage) -> None:
 
 
 def test_damaged_files_are_found_and_the_broken_box_named(storage: Storage) -> None:
-    folder, manifest = save_checkpoint(storage, 3)
+    folder, manifest = save(storage, 3)
     part = manifest.parts[1]
     path = f"{folder}/{part.file}"
     good = storage.read(path)
@@ -195,7 +196,7 @@ def test_damaged_files_are_found_and_the_broken_box_named(storage: Storage) -> N
     for at in (0, 8, part.data_begin - 1):
         assert check(flipped(at)).endswith("; broken: header")
     assert check(bytes(len(good))).endswith(
-        "broken: header, layers.0.bias[4:7], embed.weight[20:40,0:8] and 1 more"
+        "broken: header, model.layers.0.w[19:37,0:24], model.layers.1.w[19:37,0:24] and 4 more"
     )
     assert f"has {len(good) - 1} bytes instead of {len(good)}" in check(good[:-1])
     assert "bytes instead of" in check(good + b"\0")
@@ -207,8 +208,8 @@ def test_damaged_files_are_found_and_the_broken_box_named(storage: Storage) -> N
 
 
 def test_swapped_and_foreign_files_are_found(storage: Storage) -> None:
-    folder, manifest = save_checkpoint(storage, 3, seed=1)
-    other, _ = save_checkpoint(storage, 4, seed=2)
+    folder, manifest = save(storage, 3, seed=1)
+    other, _ = save(storage, 4, seed=2)
     a, b = (part.file for part in manifest.parts)
     contents = {name: storage.read(f"{folder}/{name}") for name in (a, b)}
     storage.write(f"{folder}/{a}", [contents[b]])
@@ -218,7 +219,7 @@ def test_swapped_and_foreign_files_are_found(storage: Storage) -> None:
     storage.write(f"{folder}/{a}", [storage.read(f"{other}/{a}")])  # same boxes, another step's
     broken = check_files(storage, folder, manifest, manifest.files)
     assert set(broken) == {a}
-    assert "embed.weight[0:20,0:8]" in broken[a]
+    assert "model.layers.0.w[0:19,0:24]" in broken[a]
 
 
 BOXES: list[tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]], str | None]] = [
@@ -283,9 +284,9 @@ def test_coverage_agrees_with_counting_every_element() -> None:
 
 
 def test_an_uncovered_tensor_is_named(storage: Storage) -> None:
-    _, manifest = save_checkpoint(storage, 3)
+    _, manifest = save(storage, 3)
     lost = dataclasses.replace(manifest, parts=manifest.parts[:1])
-    assert uncovered(lost) == "layers.0.bias: the boxes hold 4 of 7 elements"
+    assert uncovered(lost) == "model.layers.0.w: the boxes hold 456 of 888 elements"
     twice = dataclasses.replace(manifest, parts=(*manifest.parts, manifest.parts[0]))
     assert "overlap" in (uncovered(twice) or "")
 
@@ -308,7 +309,7 @@ def test_tens_of_thousands_of_boxes_are_read_in_a_second(storage: Storage) -> No
 def test_reading_a_manifest_imports_neither_torch_nor_a_driver(
     storage: Storage, tmp_path: Path
 ) -> None:
-    folder, _ = save_checkpoint(storage, 3)
+    folder, _ = save(storage, 3)
     code = f"""
 import sys
 from phalanx.checkpoint.checksums import check_files

@@ -13,7 +13,7 @@ import torch
 from phalanx.checkpoint import host_memory, nodes
 from phalanx.checkpoint.chunks import Chunk
 from phalanx.checkpoint.copier import Copier
-from phalanx.checkpoint.job import job_name, read_job
+from phalanx.checkpoint.job import directory_of, job_name, read_job
 from phalanx.checkpoint.memory_source import find
 from phalanx.checkpoint.peers import CheckpointError, Peers
 from phalanx.checkpoint.shares import share
@@ -43,6 +43,11 @@ def test_a_copy_of_a_runs_folder_does_not_find_the_originals_memory(tmp_path: Pa
     assert job_name(open_storage(second)) != job
     assert read_job(open_storage(second)) not in (None, job)
     assert read_job(open_storage(first)) == job_name(open_storage(first)) == job
+
+
+def test_the_name_of_a_place_tells_no_password() -> None:
+    storage: Any = SimpleNamespace(local=None, url="sftp://me:secret@host/run@1")
+    assert directory_of(storage) == "sftp://host/run@1"
 
 
 def test_a_name_without_a_place_counts_and_a_damaged_one_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from phalanx.checkpoint import rate_limit, retry
 from phalanx.checkpoint.config import StorageConfig
 from phalanx.checkpoint.rate_limit import RateLimit
 from phalanx.checkpoint.storage import Storage, open_storage
-from tests.small_checkpoint import save_checkpoint
+from tests.stored import save
 
 MIB = 1 << 20
 
@@ -117,7 +117,7 @@ def test_checkpoints_stand_in_any_storage(storage: Storage) -> None:
     from phalanx.checkpoint.manifest import read_manifest
 
     for step in (1, 2, 2):
-        folder, written = save_checkpoint(storage, step, seed=step)
+        folder, written = save(storage, step, seed=step)
     assert complete_folders(storage) == {1: "step_00000001", 2: "step_00000002.r1"}
     assert read_manifest(storage, folder) == written
     assert check_files(storage, folder, written, written.files) == {}

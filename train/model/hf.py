@@ -16,14 +16,18 @@ from omegaconf import OmegaConf
 
 from phalanx.checkpoint.chunks import plain_chunk
 from phalanx.checkpoint.folders import complete_folders
-from phalanx.checkpoint.manifest import BrokenCheckpointError, read_manifest
 from phalanx.checkpoint.sources import StorageSource
 from phalanx.checkpoint.storage import open_storage
 from phalanx.checkpoint.tool.places import find
 from phalanx.checkpoint.writer import write_tensors
 from phalanx.train.model.config import ModelConfig, RopeScalingConfig
 from phalanx.train.model.hf_config import from_hf_config, to_hf_config
-from phalanx.train.model.hf_weights import mapped_tensors, parameter_shapes, write_weights
+from phalanx.train.model.hf_weights import (
+    mapped_tensors,
+    parameter_shapes,
+    read_json,
+    write_weights,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,13 +56,15 @@ def import_hf(src: Path, dst: Path) -> Imported:
 
     Raises:
         ValueError: a folder, file, field or tensor is missing or not what this model computes.
+        BrokenCheckpointError: a file of `src` is damaged; names it.
+        OSError: something cannot be read or written.
     """
     if not (src / "config.json").is_file():
         raise ValueError(f"{src}: no config.json there; give a folder of Hugging Face weights")
     storage = open_storage(dst)
     if complete_folders(storage):
         raise ValueError(f"{dst}: holds checkpoints already; give a new folder")
-    hf = json.loads((src / "config.json").read_text())
+    hf = read_json(src / "config.json")
     config = from_hf_config(hf)
     chunks = {
         f"model.{name}": plain_chunk(tensor)
@@ -88,8 +94,10 @@ def export_hf(src: Path | str, dst: Path, *, dtype: str = "bf16") -> Path:
     Hugging Face: config.json, safetensors files with an index, and the tokenizer if it is found.
 
     Raises:
-        ValueError: the checkpoint is missing or broken, `dst` is in use, or no architecture of
-            transformers computes the model.
+        ValueError: the checkpoint is missing, `dst` is in use, or no architecture of transformers
+            computes the model.
+        BrokenCheckpointError: the checkpoint is damaged; names file and shard.
+        OSError: something cannot be read or written.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
@@ -98,10 +106,7 @@ def export_hf(src: Path | str, dst: Path, *, dtype: str = "bf16") -> Path:
     place = find(str(src))
     folder = place.one()
     where = place.url(folder)
-    try:
-        manifest = read_manifest(place.storage, folder)
-    except BrokenCheckpointError as error:
-        raise ValueError(f"{where}: {error}") from error
+    manifest = place.manifest(folder)
     config = _model_config(where, manifest.meta)
     hf = to_hf_config(
         config,
@@ -113,9 +118,9 @@ def export_hf(src: Path | str, dst: Path, *, dtype: str = "bf16") -> Path:
     try:
         source = StorageSource(place.storage, folder, manifest)
         write_weights(source, dst, config, dtype=DTYPES[dtype])
-    except ValueError as error:
+    except BaseException:
         shutil.rmtree(dst)  # it was empty: half a model is of no use
-        raise ValueError(f"{where}: {error}") from error
+        raise
     root = place.storage.local
     tokenizer = _tokenizer_folder([root / folder, root] if root else [], manifest.meta)
     for file in TOKENIZER_FILES:

@@ -103,6 +103,8 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     for field in NEEDED:
         if hf.get(field) is None:
             raise ValueError(f"config.json: {field} is missing")
+        if not isinstance(hf[field], int):
+            raise ValueError(f"config.json: {field}={hf[field]!r} must be a whole number")
     for field, only in ONLY_VALUES.items():
         value = hf.get(field, only)
         if value != only:

@@ -3,15 +3,18 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from phalanx.checkpoint.chunks import plain_chunk
+from phalanx.checkpoint.manifest import BrokenCheckpointError
 from phalanx.checkpoint.peers import CheckpointError, Peers
 from phalanx.checkpoint.reshard import load
 from phalanx.checkpoint.reshard_plan import stored_tensors
@@ -19,6 +22,7 @@ from phalanx.checkpoint.sources import Source
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.model.transformer import Transformer, parameter_name
 
+INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """Most bytes of tensors in one exported file."""
 
@@ -64,7 +68,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def mapped_tensors(
     src: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors, mapped from their files: no memory is taken until they are read."""
+    """The model's tensors, mapped from their files: no memory is taken until they are read.
+
+    Raises:
+        ValueError: the folder has not the tensors that the model needs.
+        BrokenCheckpointError: a file is damaged, or one that the index names is missing.
+    """
     places = _places(src)
     wanted = {hf_name(name): name for name in shapes}
     missing = [name for name in wanted if name not in places]
@@ -82,7 +91,7 @@ def mapped_tensors(
             f"describes: {', '.join(unknown[:5])}"
         )
     for file in sorted(set(places.values())):
-        with safe_open(file, framework="pt") as tensors:
+        with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  (not a dict)
                 if name not in wanted:
                     continue
@@ -98,31 +107,75 @@ def mapped_tensors(
 
 def _places(src: Path) -> dict[str, Path]:
     """The file of every tensor of a Hugging Face folder."""
-    index = src / "model.safetensors.index.json"
+    index = src / INDEX
     if index.is_file():
-        files = {src / name for name in json.loads(index.read_text())["weight_map"].values()}
+        files = {src / name for name in _indexed(index)}
     else:
         files = {src / "model.safetensors"}
     places: dict[str, Path] = {}
     for file in sorted(files):
         if not file.is_file():
+            if index.is_file():
+                raise BrokenCheckpointError(f"{file} is missing; {INDEX} names it")
             raise ValueError(f"{src}: {file.name} is missing; only safetensors can be imported")
-        with safe_open(file, framework="pt") as tensors:
+        with _opened(file) as tensors:
             places |= dict.fromkeys(tensors.keys(), file)
     return places
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise BrokenCheckpointError(f"{index} is damaged: no weight_map of tensors to files")
+    return list(found.values())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds an object.
+
+    Raises:
+        BrokenCheckpointError: it is damaged; names it.
+        OSError: it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BrokenCheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise BrokenCheckpointError(f"{path} is damaged: it holds no object")
+    return found
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, to read from.
+
+    Raises:
+        BrokenCheckpointError: it is damaged; names it.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise BrokenCheckpointError(f"{file} is damaged: {error}") from None
 
 
 def write_weights(source: Source, dst: Path, config: ModelConfig, *, dtype: torch.dtype) -> None:
     """Read and write the model one output file at a time.
 
     Raises:
-        ValueError: tensors are missing, differ in shape, or are damaged; names them.
+        ValueError: tensors are missing or differ in shape; names them.
+        BrokenCheckpointError: one is damaged; names file and shard.
+        OSError: something cannot be read or written.
     """
     shapes = parameter_shapes(config)
     stored = stored_tensors(source.parts())
     missing = [name for name in shapes if f"model.{name}" not in stored]
     if missing:
-        raise ValueError(f"it lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} tensors of its model: {', '.join(missing[:5])}"
+        )
     files = _split(shapes, dtype.itemsize)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
@@ -135,8 +188,8 @@ def write_weights(source: Source, dst: Path, config: ModelConfig, *, dtype: torc
         chunks = {f"model.{name}": plain_chunk(tensor) for name, tensor in tensors.items()}
         try:
             load(source, chunks, peers=Peers(None))
-        except CheckpointError as error:
-            raise ValueError(str(error)) from error
+        except CheckpointError as error:  # it says which rank, and here is one alone
+            raise (error.__cause__ or error) from None
         save_file(
             {hf_name(name): tensor for name, tensor in tensors.items()},
             dst / file,
@@ -146,7 +199,7 @@ def write_weights(source: Source, dst: Path, config: ModelConfig, *, dtype: torc
     if len(files) > 1:
         total = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (dst / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (dst / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _split(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[list[str]]:
