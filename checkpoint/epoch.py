@@ -193,10 +193,10 @@ def _spec(place: Place, tables: list[PartTable], groups: list[tuple[int, ...]]) 
 
 def _start(nbytes: int, *, place: Place, num_nodes: int, held: list[int]) -> Any:
     """Start this node's holder; its address where it has to do with others. Adds to `held` the
-    bytes that it has from an earlier start."""
+    bytes that it has taken for an earlier start: what was never taken is free already."""
     with place.start_holder() as client:
         _check_unused(client, place)
-        held.append(sum(epoch["bytes"] for epoch in client.inventory()["epochs"]))
+        held.append(sum(epoch["taken"] for epoch in client.inventory()["epochs"]))
         check_host_memory(nbytes, place=place, num_nodes=num_nodes, held=held[0])
         return client.listen(place.node.host) if place.num_parity else None
 

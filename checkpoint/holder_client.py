@@ -5,25 +5,25 @@ for the rules. Torch-free.
 """
 
 import socket
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from phalanx.checkpoint.holder_line import HolderGone, Line, mapped
+from phalanx.checkpoint.holder_line import HolderGone, HolderSilent, Line, mapped
 from phalanx.checkpoint.holder_spec import VERSION, HolderError
 
-__all__ = ["HolderClient", "HolderError", "HolderGone"]
+__all__ = ["HolderClient", "HolderError", "HolderGone", "HolderSilent"]
 
 
 class HolderClient(Line):
     """One connection to a holder, for one thread at a time.
 
-    Every method raises HolderGone when the holder is dead, and HolderError when it cannot do what
-    it is asked.
+    Every method raises HolderGone when the holder is dead (HolderSilent when it only looks so), and
+    HolderError when it cannot do what it is asked.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock)
+    def __init__(self, sock: socket.socket, *, still_s: float) -> None:
+        super().__init__(sock, still_s=still_s)
         self._begun: dict[tuple[str, int], int] = {}
 
     # --- of any process ---------------------------------------------------------------------------
@@ -47,9 +47,9 @@ class HolderClient(Line):
         Raises:
             HolderError: it is in use, see `in_use`; nothing has happened then.
         """
-        with suppress(HolderGone):
+        with _until_gone():
             self._call("retire", quiet_s=quiet_s)
-        self.finish()
+            self.finish()
 
     def inventory(self) -> dict[str, Any]:
         """What the holder holds.
@@ -179,7 +179,7 @@ class HolderClient(Line):
 
     def finish(self) -> None:
         """End the holder, and with it all that it holds; returns when it is gone."""
-        with suppress(HolderGone):
+        with _until_gone():
             while True:
                 self._call("finish")
 
@@ -205,3 +205,14 @@ class HolderClient(Line):
             raise HolderError(f"slot {slot} was filled, but not begun by this client")
         step = self._begun[epoch, slot]
         self._call("filled", epoch=epoch, rank=rank, slot=slot, step=step, bytes=nbytes)
+
+
+@contextmanager
+def _until_gone() -> Iterator[None]:
+    """That the holder is gone is what is wanted; one that only stands still is not gone."""
+    try:
+        yield
+    except HolderSilent:
+        raise
+    except HolderGone:
+        pass

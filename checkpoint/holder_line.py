@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from phalanx.checkpoint.holder_memory import map_memory
-from phalanx.checkpoint.holder_socket import same_user, socket_path
+from phalanx.checkpoint.holder_socket import process_of, same_user, socket_path
 from phalanx.checkpoint.holder_spec import HolderError
 from phalanx.checkpoint.transport import hung_up, receive, send
 
@@ -21,35 +21,48 @@ class HolderGone(ConnectionError):
     """There is no holder, or it has died."""
 
 
+class HolderSilent(HolderGone):
+    """There is one, of no more use to a run than none: it answers nobody. Its memory is held."""
+
+
 class Line:
     """The connection itself, for one thread at a time."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, still_s: float) -> None:
         self._sock = sock
+        self._still_s = still_s
 
     @classmethod
-    def connect(cls: type[Self], job: str, node: int) -> Self:
+    def connect(cls: type[Self], job: str, node: int, *, still_s: float | None = None) -> Self:
         """Connect to the holder of a job's node on this machine.
+
+        Args:
+            still_s: instead of STILL_S.
 
         Raises:
             HolderGone: there is none.
+            HolderSilent: it takes no connection.
             PermissionError: it is another user's.
         """
+        still_s = STILL_S if still_s is None else still_s
         path = socket_path(job, node)
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(STILL_S)
+        sock.settimeout(still_s)
         try:
             sock.connect(str(path))
             sock.settimeout(None)
             if not same_user(sock):
                 raise PermissionError(f"{path} belongs to another user's process")
-        except (FileNotFoundError, ConnectionError, TimeoutError) as error:
+        except (FileNotFoundError, ConnectionError) as error:
             sock.close()
             raise HolderGone(f"no holder of {job}, node {node}: {error}") from None
+        except (TimeoutError, BlockingIOError):  # as many wait to be let in as can
+            sock.close()
+            raise HolderSilent(f"the holder of {job}, node {node} takes no connection") from None
         except BaseException:
             sock.close()
             raise
-        return cls(sock)
+        return cls(sock, still_s=still_s)
 
     @property
     def gone(self) -> bool:
@@ -76,6 +89,10 @@ class Line:
             send(self._sock, {"do": name, **arguments})
             self._await_answer()
             answer, fds = receive(self._sock)
+        except (TimeoutError, BlockingIOError):  # of `_await_answer`: this socket has no timeout
+            process = process_of(self._sock)
+            self._sock.close()
+            raise HolderSilent(f"process {process} has answered nobody for a while") from None
         except OSError as error:
             self._sock.close()
             raise HolderGone(f"the holder has died ({error})") from None
@@ -94,9 +111,9 @@ class Line:
         """
         answer = select.poll()
         answer.register(self._sock, select.POLLIN)
-        while not answer.poll(STILL_S * 1000):
+        while not answer.poll(self._still_s * 1000):
             with socket.socket(socket.AF_UNIX) as other:
-                other.settimeout(STILL_S)
+                other.settimeout(self._still_s)
                 other.connect(self._sock.getpeername())
                 send(other, {"do": "hello"})
                 receive(other)

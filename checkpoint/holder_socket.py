@@ -69,6 +69,11 @@ def same_user(sock: socket.socket) -> bool:
     return _peer(sock)[1] == os.getuid()
 
 
+def process_of(sock: socket.socket) -> int:
+    """The process at the other end; 0 where it is of a container and not seen here."""
+    return _peer(sock)[0]
+
+
 def _peer(sock: socket.socket) -> tuple[int, int]:
     """Process and user at the other end; for a holder, those that listened."""
     size = struct.calcsize("3i")
@@ -84,6 +89,33 @@ def kill_silent(job: str, node: int) -> None:
         pid, uid = _peer(sock)
         if uid == os.getuid() and pid > 0:  # 0: of a container whose processes are not seen here
             os.kill(pid, signal.SIGKILL)
+
+
+def nobody_at(job: str, node: int) -> bool:
+    """Whether there is no holder; one that stands still is there."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(1.0)
+        try:
+            sock.connect(str(socket_path(job, node)))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return True
+        except OSError:  # more wait for it than can
+            pass
+    return False
+
+
+def remove_left(job: str, node: int) -> None:
+    """Remove the socket and the lock of a holder that was killed.
+
+    Whoever starts or ends there just now has the lock, and then nothing happens.
+    """
+    path = socket_path(job, node)
+    lock = Lock(path.with_suffix(".lock"))
+    if not lock.take():
+        return
+    if nobody_at(job, node):  # also where something else cleaned /tmp of a living one's lock
+        path.unlink(missing_ok=True)
+    lock.give_back()
 
 
 class Lock:

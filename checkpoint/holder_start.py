@@ -7,7 +7,7 @@ from pathlib import Path
 
 from phalanx.checkpoint.holder_client import HolderClient
 from phalanx.checkpoint.holder_line import HolderGone
-from phalanx.checkpoint.holder_socket import all_sockets, kill_silent
+from phalanx.checkpoint.holder_socket import all_sockets, kill_silent, nobody_at, remove_left
 from phalanx.checkpoint.holder_spec import TAKEN, HolderError
 
 START_S = 30.0
@@ -48,16 +48,24 @@ def start_holder(
 
 
 def find_holders() -> list[tuple[str, int]]:
-    """(job, node) of this user's holders on this machine.
+    """(job, node) of this user's holders on this machine, also of those that do not answer.
+
+    What holders left that were killed is removed.
 
     Raises:
         PermissionError: see `socket_path`.
     """
-    return [(job, node) for job, node in all_sockets() if _answers(job, node)]
+    found = []
+    for job, node in all_sockets():
+        if nobody_at(job, node):
+            remove_left(job, node)
+        else:
+            found.append((job, node))
+    return found
 
 
 def _answers(job: str, node: int) -> bool:
-    """Whether there is a holder; one that is being killed may still take connections."""
+    """Whether a run can use the holder; one that is being killed may still take connections."""
     try:
         with HolderClient.connect(job, node) as client:
             client.hello()

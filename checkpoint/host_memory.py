@@ -19,7 +19,7 @@ def check_host_memory(nbytes: int, *, place: "Place", num_nodes: int, held: int)
     Args:
         nbytes: of one copy of the node's state.
         num_nodes: of the group that it is protected in.
-        held: bytes of snapshots of an earlier start, given up when the first new one stands.
+        held: bytes taken by snapshots of an earlier start, given up when the first new one stands.
 
     Raises:
         ValueError: it is too little; says how much is needed.

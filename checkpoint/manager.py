@@ -96,8 +96,6 @@ class CheckpointManager:
             self._storage, place=self._place, peers=self._peers, report=self._report
         )
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._newest: tuple[int, Future[Taken]] | None = None
-        """The last snapshot, unless it was durable."""
         self.monitor = Monitor(config.snapshot)
         self._underway = Underway(
             peers=self._peers,
@@ -130,8 +128,8 @@ class CheckpointManager:
         """Begin a snapshot of `step`, and with `durable` its way to storage; where the step's
         snapshot was begun before, that one's.
 
-        Where storage has not yet written the one before, that is waited for; with `may_skip` it is
-        not, this one stays out of storage, and so it is reported.
+        Storage is never waited for. With `may_skip` a checkpoint is left out, and so reported,
+        where the one before is not yet written; otherwise it waits in memory for its turn.
 
         Where ranks hold the same name, they hold parts or equal copies of one tensor. `tensors` is
         asked in another thread, and what it gives may change only after `before_update`; what is
@@ -146,33 +144,20 @@ class CheckpointManager:
         start = time.perf_counter()
         self._underway.poll()
         snapshots = self._started()
-        if durable and not may_skip:
-            self._underway.wait_for_storage()
-        taking = self._taken_already(step) if durable else None
-        already = taking is not None
-        if taking is None:
-            taking = snapshots.take(
-                step,
-                lambda: self._boxes.of(tensors()),
-                eager=self._eager_boxes.of(eager or {}),
-                meta=_as_json(meta),
-                durable=durable,
-            )
-            self._underway.taking(step, taking, durable=durable)
-        elif self._node.leader:
-            snapshots.pin(taking.result())
-        self._newest = None if durable else (step, taking)
+        taking = snapshots.take(
+            step,
+            lambda: self._boxes.of(tensors()),
+            eager=self._eager_boxes.of(eager or {}),
+            meta=_as_json(meta),
+            durable=durable,
+            may_skip=may_skip,
+        )
+        self._underway.taking(step, taking, durable=durable)
         if durable and self._node.leader:
-            self._underway.saving(step, self._writer.submit(self._write, taking, already))
+            self._underway.saving(step, self._writer.submit(self._write, taking))
         seconds = time.perf_counter() - start
         self.monitor.stalled(seconds)
         return seconds
-
-    def _taken_already(self, step: int) -> "Future[Taken] | None":
-        """The snapshot of the step in memory, where it was the last one and is not in storage."""
-        if self._newest is None or self._newest[0] != step or self._newest[1].exception():
-            return None
-        return self._newest[1]
 
     def before_update(self) -> None:
         """Wait until the tensors of the last snapshot may change."""
@@ -311,16 +296,15 @@ class CheckpointManager:
             self._snapshots.on_lost = self._underway.lost.append
         return self._snapshots
 
-    def _write(self, taking: "Future[Taken]", pinned: bool) -> Saved | None:
-        """In the writer's thread, on a node's first rank; None where it was skipped, unless it was
-        `pinned` later."""
+    def _write(self, taking: "Future[Taken]") -> Saved | None:
+        """In the writer's thread, on a node's first rank; None where it was skipped."""
         assert self._place is not None
         assert self._leaders is not None
         assert self._snapshots is not None
         if isinstance(taking.exception(), StorageBusyError):
             return None
         taken = taking.result()
-        if not (taken.durable or pinned):
+        if not taken.durable:
             return None
         try:
             return write_durable(

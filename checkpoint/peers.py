@@ -1,7 +1,8 @@
 """What ranks tell each other about a checkpoint: a failure on one is known to all."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -21,6 +22,16 @@ class CheckpointError(RuntimeError):
     def __init__(self, text: str, *, defect: bool = False) -> None:
         super().__init__(text)
         self.defect = defect
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Blame:
+    """An error on one rank."""
+
+    rank: int | None
+    """None = the text says who."""
+    text: str
+    defect: bool
 
 
 class Peers:
@@ -57,17 +68,28 @@ class Peers:
         except Exception as caught:
             error = caught
         answers = self.gather((result, None if error is None else self._blame(error)))
-        failed = dict(blame for _, blame in answers if blame is not None)
-        if failed:
-            text = f"{what}: {'; '.join(failed)}"
-            raise CheckpointError(text, defect=any(failed.values())) from error
+        blames = [blame for _, blame in answers if blame is not None]
+        if blames:
+            text = f"{what}: {'; '.join(_sentences(blames))}"
+            raise CheckpointError(text, defect=any(blame.defect for blame in blames)) from error
         return [answer for answer, _ in answers]  # type: ignore[misc]
 
-    def _blame(self, error: Exception) -> tuple[str, bool]:
-        """What to say of an error, and whether it is a defect."""
+    def _blame(self, error: Exception) -> _Blame:
         if isinstance(error, CheckpointError):  # every rank knows, and the text says who
-            return str(error), error.defect
+            return _Blame(rank=None, text=str(error), defect=error.defect)
         deliberate = is_deliberate(error)
         kind = "" if deliberate and isinstance(error, ValueError) else f"{type(error).__name__}: "
         defect = not deliberate and not isinstance(error, OSError)
-        return f"rank {self.rank}: {kind}{error}", defect
+        return _Blame(rank=self.rank, text=f"{kind}{error}", defect=defect)
+
+
+def _sentences(blames: Iterable[_Blame]) -> list[str]:
+    """What to say of all errors: each text once, with the ranks that it is of."""
+    ranks: dict[str, list[str]] = {}
+    for blame in blames:
+        of = ranks.setdefault(blame.text, [])
+        of += [] if blame.rank is None else [str(blame.rank)]
+    return [
+        f"rank{'s' * (len(of) > 1)} {', '.join(of)}: {text}" if of else text
+        for text, of in ranks.items()
+    ]

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +24,7 @@ from phalanx.checkpoint.peers import CheckpointError, Peers
 
 
 class StorageBusyError(CheckpointError):
-    """Nothing was taken: storage still has to write an older one, and the newest one stands."""
+    """Nothing was taken: it was for storage alone, which still has an older one to write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,11 @@ class Taken:
     """Parity work of this node; 0 but on its first rank."""
 
 
+NO_WORK: dict[str, Any] = dict.fromkeys(
+    ("bytes", "copy_s", "protect_s", "encode_s", "sent_s", "sent_bytes"), 0
+)
+
+
 @dataclass(kw_only=True)
 class _Request:
     """A snapshot on its way."""
@@ -62,6 +67,7 @@ class _Request:
     ready: "torch.cuda.Event | None"
     meta: Mapping[str, Any]
     durable: bool
+    may_skip: bool
     start: float = field(default_factory=time.perf_counter)
     copied: threading.Event = field(default_factory=threading.Event)
     issued: "torch.cuda.Event | None" = None
@@ -82,13 +88,14 @@ class Snapshots:
         self._epoch: Epoch | None = None
         self._broken = False
         self._last_step = -1
-        self._committed: tuple[str, int] | None = None
-        """Epoch and slot of the newest committed snapshot."""
-        self._pinned: set[tuple[str, int]] = set()
+        self._newest: Taken | None = None
+        """The newest committed one."""
+        self._pinned: list[tuple[str, int]] = []
+        """Epochs and slots of those on their way to storage; known on a node's first rank."""
         self._older: set[str] = set()
         """Epochs that the node's holder can let go of; known on a node's first rank."""
-        self._lock = threading.Lock()
-        """Around what is pinned or committed."""
+        self._freed = threading.Condition()
+        """Around `_pinned`."""
         self._request: _Request | None = None
         self._eager: dict[str, Tensor] = {}
         self.on_open: Callable[[Epoch], None] = lambda epoch: None
@@ -112,6 +119,7 @@ class Snapshots:
         eager: Mapping[str, Chunk],
         meta: Mapping[str, Any],
         durable: bool = False,
+        may_skip: bool = False,
     ) -> "Future[Taken]":
         """Begin the snapshot of `step`; returns at once.
 
@@ -119,9 +127,11 @@ class Snapshots:
         was called; those behind `eager` may, they are copied here.
 
         Args:
-            durable: keep the slot as it is until `release` on every node's first rank. Where one
-                of them has another snapshot pinned, this one is taken without (Taken.durable), or,
-                where no slot is free, not at all (StorageBusyError).
+            durable: keep the slot as it is until `release`, on every node's first rank. Of the
+                step that was snapshotted last, that snapshot is kept.
+            may_skip: where another one is kept, this one is taken without (Taken.durable), or,
+                where snapshots are for storage alone, not at all (StorageBusyError): the slot that
+                is left is for one that may not be skipped, which waits for none.
         """
         self.before_update()
         request = _Request(
@@ -131,6 +141,7 @@ class Snapshots:
             ready=self._copier.mark(),
             meta=meta,
             durable=durable,
+            may_skip=may_skip,
         )
         self._request = request
         return self._thread.submit(self._run, request)
@@ -149,16 +160,11 @@ class Snapshots:
             torch.cuda.current_stream(self._device).wait_event(request.issued)
         return time.perf_counter() - start
 
-    def pin(self, taken: Taken) -> None:
-        """Keep the slot of the newest snapshot, after which none was begun, until `release`."""
-        with self._lock:
-            assert not self._pinned, "one snapshot at a time is on its way to storage"
-            self._pinned.add((taken.epoch.name, taken.slot))
-
     def release(self, taken: Taken) -> None:
-        """Let a pinned slot be used again."""
-        with self._lock:
-            self._pinned.discard((taken.epoch.name, taken.slot))
+        """Let a slot be used again that `take` kept."""
+        with self._freed:
+            self._pinned.remove((taken.epoch.name, taken.slot))
+            self._freed.notify_all()
 
     def close(self) -> None:
         """End the thread, once it has done what it was asked, and let go of the memory."""
@@ -196,8 +202,18 @@ class Snapshots:
     def _run(self, request: _Request) -> Taken:
         try:
             chunks, error = self._found(request)
-            epoch, slot = self._agree(request, chunks, error)
-            return self._take(request, chunks, epoch, slot)
+            held = self._held(request)
+            anew, slot = self._agree(request, chunks, error, held=held is not None)
+            if held is not None and not anew:
+                taken = replace(held, durable=request.durable, **NO_WORK)
+            else:
+                epoch = self._open(chunks) if anew else self._epoch
+                assert epoch is not None
+                taken = self._newest = self._take(request, chunks, epoch, slot)
+            if taken.durable and self._place.node.leader:
+                with self._freed:
+                    self._pinned.append((taken.epoch.name, taken.slot))
+            return taken
         except StorageBusyError:
             raise
         except Exception:
@@ -205,6 +221,13 @@ class Snapshots:
             raise
         finally:
             request.copied.set()
+
+    def _held(self, request: _Request) -> Taken | None:
+        """The snapshot of the step, where it was taken before and is now for storage."""
+        newest = self._newest
+        if newest is None or newest.epoch is not self._epoch or not request.durable:
+            return None
+        return newest if newest.step == request.step else None
 
     def _found(self, request: _Request) -> tuple[dict[str, Chunk], Exception | None]:
         """What is to be copied, or why that is not known."""
@@ -214,16 +237,24 @@ class Snapshots:
             return {}, error
 
     def _agree(
-        self, request: _Request, chunks: Mapping[str, Chunk], error: Exception | None
-    ) -> tuple[Epoch, int]:
-        """The epoch and the slot that every rank uses for this snapshot."""
+        self,
+        request: _Request,
+        chunks: Mapping[str, Chunk],
+        error: Exception | None,
+        *,
+        held: bool,
+    ) -> tuple[bool, int]:
+        """Whether every rank begins a new epoch for this snapshot, and the slot that all use."""
         epoch, step = self._epoch, request.step
-        again = step <= self._last_step  # steps of an epoch only grow
+        again = step <= self._last_step and not held  # steps of an epoch only grow
         gone = epoch is not None and not self._broken and epoch.client.gone
         stale = again or gone or self._broken or epoch is None or not epoch.fits(chunks)
         self._last_step = step
-        slot = self._free_slot() if self._peers.rank == 0 and not stale else 0
-        mine = [stale, gone, slot, error is not None, request.durable and bool(self._pinned)]
+        kept = request.durable and not request.may_skip
+        choosing = self._peers.rank == 0 and not stale and not held
+        slot = self._free_slot(wait=kept) if choosing else 0
+        full = request.durable and not kept and bool(self._pinned)
+        mine = [stale, gone, slot, error is not None, full]
         anew, lost, slot, failed, busy = self._reduce(mine, dist.ReduceOp.MAX)
         if failed:
             self._fail(step, error)
@@ -231,22 +262,25 @@ class Snapshots:
             request.durable = False
         if lost:
             self.on_lost(step)
-        if anew:
-            return self._open(chunks), 0
-        if slot == self._place.slots:
-            raise StorageBusyError(f"snapshot of step {step}: no memory is free for it")
-        assert epoch is not None
-        return epoch, slot
+        if not anew and (slot == self._place.slots or (busy and self._place.slots < 3)):
+            raise StorageBusyError(f"step {step}: storage has not yet written the one before")
+        return bool(anew), slot
 
-    def _free_slot(self) -> int:
-        """A slot that holds neither the committed snapshot nor one that is still being written to
-        storage; the number behind the last where there is none. Rank 0 decides for all."""
+    def _free_slot(self, *, wait: bool) -> int:
+        """A slot that holds neither the committed snapshot nor one that is on its way to storage;
+        the number behind the last where there is none and that is not to be waited for. Rank 0
+        decides for all."""
         assert self._epoch is not None
-        name = self._epoch.name
-        with self._lock:
-            used = {self._committed, *self._pinned}
-        slots = range(self._place.slots)
-        return next((n for n in slots if (name, n) not in used), len(slots))
+        slots, newest = self._place.slots, self._newest
+        with self._freed:
+            while True:
+                used = {slot for name, slot in self._pinned if name == self._epoch.name}
+                if newest is not None and newest.epoch is self._epoch:
+                    used.add(newest.slot)
+                free = min(set(range(slots)) - used, default=slots)
+                if free < slots or not wait:
+                    return free
+                self._freed.wait()
 
     def _take(
         self, request: _Request, chunks: Mapping[str, Chunk], epoch: Epoch, slot: int
@@ -281,9 +315,7 @@ class Snapshots:
             except Exception as caught:
                 error = caught
         self._all_or_none(request.step, error)  # nobody writes to storage what another gave up
-        with self._lock:
-            self._committed = epoch.name, slot
-        taken = Taken(
+        return Taken(
             step=request.step,
             epoch=epoch,
             slot=slot,
@@ -297,9 +329,6 @@ class Snapshots:
             sent_s=work["sent_s"],
             sent_bytes=work["sent_bytes"],
         )
-        if request.durable and node.leader:
-            self.pin(taken)
-        return taken
 
     def _copy(self, request: _Request, sources: list[Tensor], epoch: Epoch, slot: int) -> None:
         rank, client = self._peers.rank, epoch.client
@@ -326,7 +355,7 @@ class Snapshots:
         if epoch.first:
             self._older = {item["epoch"] for item in client.inventory()["epochs"]} - {epoch.name}
             epoch.first = False
-        with self._lock:  # what is on its way to storage stays until a later commit
+        with self._freed:  # what is on its way to storage stays until a later commit
             idle = self._older - {name for name, _ in self._pinned}
         for name in idle:
             client.forget(name)

@@ -40,6 +40,8 @@ class Underway:
         """Epochs that were opened and not told of yet."""
         self.lost: list[int] = []
         """Steps at which a holder had died since the snapshot before."""
+        self._skipped = 0
+        """Since a checkpoint was written last."""
         self._failed: str | None = None
         """Why the newest checkpoint that was asked for could not be saved."""
 
@@ -55,15 +57,11 @@ class Underway:
         """Wait for all of it; why the newest checkpoint could not be saved, told once."""
         for _, taken, _ in self._taking:
             taken.exception()
-        self.wait_for_storage()
-        failed, self._failed = self._failed, None
-        return failed
-
-    def wait_for_storage(self) -> None:
-        """Wait until storage has what it was given."""
         for _, saved in self._saving:
             saved.exception()
         self.poll()
+        failed, self._failed = self._failed, None
+        return failed
 
     def poll(self) -> None:
         """Report what ended."""
@@ -93,14 +91,21 @@ class Underway:
             self._monitor.taken(taken)
             skipped = durable and not taken.durable
         if skipped:
-            self._report("checkpoint_skipped" if durable else "snapshot_skipped", step=step)
-            self._peers.say(
-                f"the {'checkpoint' if durable else 'snapshot'} of step {step} is left out: "
-                "storage has not yet written the one before; is checkpoint.every too low for it?"
-            )
+            self._skip(step, durable=durable)
         elif error is not None:
             self._report("snapshot_failed", step=step, reason=str(error))
             self._peers.say(f"the snapshot of step {step} failed: {error}")
+
+    def _skip(self, step: int, *, durable: bool) -> None:
+        """Say so at the first one since storage was done last: there may be one a step."""
+        self._report("checkpoint_skipped" if durable else "snapshot_skipped", step=step)
+        if not self._skipped:
+            self._peers.say(
+                f"the {'checkpoint' if durable else 'snapshot'} of step {step} is left out, as "
+                "will be others until storage has written the one before; is checkpoint.every "
+                "too low for it?"
+            )
+        self._skipped += 1
 
     def _end_saving(self, step: int, future: "Future[Saved | None]") -> None:
         error = future.exception()
@@ -112,6 +117,9 @@ class Underway:
         saved = future.result()
         if saved is None:
             return
+        if self._skipped > 1:
+            self._peers.say(f"{self._skipped} were left out until that of step {step} was written")
+        self._skipped = 0
         self._failed = None
         self._on_saved(step)
         self._monitor.saved(saved)

@@ -78,6 +78,19 @@ def holder_pids(root: Path) -> dict[int, int]:
     return pids
 
 
+def committed_steps(root: Path) -> set[int]:
+    """Steps whose snapshots are committed in memory, by every holder of the run."""
+    job = read_job(open_storage(root))
+    steps = []
+    for name, node in all_sockets():
+        if name == job:
+            with HolderClient.connect(name, node) as client:
+                members = [m for e in client.inventory()["epochs"] for m in e["members"].values()]
+            slots = [slot for member in members for slot in member["slots"]]
+            steps.append({slot["step"] for slot in slots if slot["state"] == "committed"})
+    return set.intersection(*steps) if steps else set()
+
+
 def kill_holders(root: Path, nodes: set[int] | None = None) -> None:
     """kill -9 the run's holders, all or those of `nodes`, and wait until they are gone."""
     for node, pid in holder_pids(root).items():

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from phalanx.checkpoint.manager import CheckpointManager
+from phalanx.checkpoint.peers import CheckpointError
 from phalanx.fault.events import EventLog
 from phalanx.fault.signals import StopRequest
 from phalanx.parallel.comm_timer import CommTimer
@@ -195,7 +196,7 @@ class Trainer:
             # After its line is written: no resume finds a state whose steps were not logged.
             # The seconds are charged to the next line.
             with self.timer("checkpoint"):
-                last = stopping or step + 1 == training.steps
+                last = stopping or self._is_last_save(step + 1)
                 self._save(step + 1, durable=self._save_is_due(step + 1), may_skip=not last)
         return stopping
 
@@ -240,8 +241,15 @@ class Trainer:
 
     def _save_is_due(self, done: int) -> bool:
         config = self.config.checkpoint
-        last = config.save_last and done == self.config.training.steps
+        last = config.save_last and done >= self.config.training.steps
         return last or (config.every > 0 and done % config.every == 0)
+
+    def _is_last_save(self, done: int) -> bool:
+        """Whether no later one will be due, where one is due after `done` steps."""
+        later = self.config.training.steps
+        if not self.config.checkpoint.save_last:
+            later -= later % (self.config.checkpoint.every or 1)
+        return done >= later
 
     def _snapshot_is_due(self, done: int) -> bool:
         every = self.config.checkpoint.snapshot.every
@@ -286,7 +294,15 @@ class Trainer:
         self.settle()
         if stopped and self.config.checkpoint.save_last:
             self._save(done)
-        self.checkpoints.wait()
+        try:
+            self.checkpoints.wait()
+        except CheckpointError:
+            if done != self.saved_step:
+                raise
+            self.report.message("saving once more")  # a holder may have died meanwhile
+            self.saved_step = None
+            self._save(done)
+            self.checkpoints.wait()
         self.events.record("run_stopped" if stopped else "run_finished", step=done, reason=stopped)
         if stopped:
             self.report.message(f"stopped by {stopped} after {done} steps; run again to go on")

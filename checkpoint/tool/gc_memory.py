@@ -1,13 +1,19 @@
 """`phalanx checkpoint gc --memory`: end holders of a run that outlived it, and free their memory.
 
 A run that is in use keeps all its holders, and so does one that may just be starting: between two
-of its connections a holder looks as if it were left alone.
+of its connections a holder looks as if it were left alone. So does one with a holder that does not
+answer: nobody knows.
 """
 
 from dataclasses import dataclass
 
-from phalanx.checkpoint.holder_client import HolderClient, HolderError, HolderGone
-from phalanx.checkpoint.tool.memory import Holder, holders
+from phalanx.checkpoint.holder_client import (
+    HolderClient,
+    HolderError,
+    HolderGone,
+    HolderSilent,
+)
+from phalanx.checkpoint.tool.memory import PATIENCE_S, Asked, Holder, holders
 from phalanx.checkpoint.tool.places import Place
 from phalanx.checkpoint.tool.report import Report, columns, plural, size
 
@@ -37,32 +43,45 @@ def gc_memory(place: Place, *, dry_run: bool = False) -> Report:
     """
     if place.folder is not None:
         raise ValueError(f"{place.text}: is one checkpoint; give the folder that holds it")
-    found, silent = holders(place.storage)
-    items = [_look(holder) for holder in found]
-    in_use = {item.holder.job: item.holder.node for item in items if item.kept}
+    asked = holders(place.storage)
+    items = [_look(holder) for holder in asked.found]
+    why = {silent.job: f"node {silent.node} does not answer" for silent in asked.silent}
     for item in items:
-        if item.kept is None and item.holder.job in in_use:
-            item.kept = f"its run is in use, see node {in_use[item.holder.job]}"
+        _spread(item, why)
+    for item in items:
+        if item.kept is None:
+            item.kept = why.get(item.holder.job)
         if item.kept is None and not dry_run:
             item.kept = _end(item.holder)
-    return _report(place, items, silent, dry_run=dry_run)
+            _spread(item, why)
+    return _report(place, items, asked, dry_run=dry_run)
+
+
+def _spread(item: _Item, why: dict[str, str]) -> None:
+    """Where a holder stays, all of its job stay; `why` by job."""
+    if item.kept is not None:
+        why.setdefault(item.holder.job, f"its run is in use, see node {item.holder.node}")
 
 
 def _look(holder: Holder) -> _Item:
     taken = sum(epoch["taken"] for epoch in holder.inventory["epochs"])
     try:
-        with HolderClient.connect(holder.job, holder.node) as client:
+        with HolderClient.connect(holder.job, holder.node, still_s=PATIENCE_S) as client:
             why = client.in_use(QUIET_S)
+    except HolderSilent as error:
+        why = f"it does not answer: {error}"
     except HolderGone:  # it has just ended by itself
         why = None
     return _Item(holder=holder, bytes=taken, kept=why)
 
 
 def _end(holder: Holder) -> str | None:
-    """End a holder; why not, where it is used again."""
+    """End a holder; why not, where it is used again. A large one takes its time to be gone."""
     try:
         with HolderClient.connect(holder.job, holder.node) as client:
             client.retire(QUIET_S)
+    except HolderSilent as error:
+        return f"it does not answer: {error}"
     except HolderGone:
         return None
     except HolderError as error:
@@ -70,8 +89,18 @@ def _end(holder: Holder) -> str | None:
     return None
 
 
-def _report(place: Place, items: list[_Item], silent: list[str], *, dry_run: bool) -> Report:
+def _unknown(asked: Asked) -> list[str]:
+    """What to say where no holder knows the place: its name may be misspelled."""
+    if asked.found or asked.silent:
+        return []
+    lines = ["  no holder on this machine knows this place"]
+    lines += ["  what others know:"] * bool(asked.others)
+    return lines + [f"    {other}" for other in sorted(asked.others)]
+
+
+def _report(place: Place, items: list[_Item], asked: Asked, *, dry_run: bool) -> Report:
     verb = "would end" if dry_run else "ended"
+    silent = [silent.text for silent in asked.silent]
     rows = [
         (
             f"job {item.holder.job}",
@@ -85,7 +114,8 @@ def _report(place: Place, items: list[_Item], silent: list[str], *, dry_run: boo
     freed = sum(item.bytes for item in gone)
     told = f"{plural(len(gone), 'holder')} {'to end' if dry_run else 'ended'}, {size(freed)} "
     lines = [f"{place.storage.url}, in this machine's memory"]
-    lines += [f"  {line}" for line in columns(rows, right=(2,))] + silent
+    lines += [f"  {line}" for line in columns(rows, right=(2,))]
+    lines += [*silent, *_unknown(asked)]
     lines.append(told + ("to free" if dry_run else "freed"))
     content = {
         "url": place.storage.url,
@@ -103,5 +133,6 @@ def _report(place: Place, items: list[_Item], silent: list[str], *, dry_run: boo
         ],
         "freed": 0 if dry_run else freed,
         "silent": silent,
+        "others": sorted(asked.others),
     }
     return Report(lines=lines, content=content, fine=len(gone) == len(items) and not silent)

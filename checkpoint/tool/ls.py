@@ -20,6 +20,8 @@ from phalanx.checkpoint.tool.state import BROKEN, Listed, look
 def ls(place: Place | None) -> Report:
     """What stands at a place, and what holders here have of its run; without a place, of all runs.
 
+    Not fine: a checkpoint is broken, or a holder does not answer.
+
     Raises:
         ValueError: the place's job.json is damaged.
         OSError: the storage cannot be read.
@@ -44,7 +46,7 @@ def ls(place: Place | None) -> Report:
             "memory": [vars(item) | {"members": list(item.members)} for item in memory],
             "silent": silent,
         },
-        fine=not any(item.state == BROKEN for item in listed),
+        fine=not silent and not any(item.state == BROKEN for item in listed),
     )
 
 

@@ -1,16 +1,24 @@
 """This user's holders on this machine, and what they have in memory."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from phalanx.checkpoint.format import PartTable
-from phalanx.checkpoint.holder_client import HolderClient, HolderError, HolderGone
+from phalanx.checkpoint.holder_client import (
+    HolderClient,
+    HolderError,
+    HolderGone,
+    HolderSilent,
+)
 from phalanx.checkpoint.holder_start import find_holders
 from phalanx.checkpoint.job import directory_of, read_job
 from phalanx.checkpoint.storage import Storage
 from phalanx.checkpoint.tool.places import INSIDE_RUN
 from phalanx.checkpoint.tool.report import protection
+
+PATIENCE_S = 3.0
+"""Seconds that a holder may say nothing, and then again, before it counts as silent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +32,25 @@ class Holder:
     forgotten: bool
     """Whether that place's job.json no longer names the job, so that no start finds it."""
     inventory: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent:
+    """One that is there and did not answer, or not so that it is understood."""
+
+    job: str
+    node: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What came of asking the holders of a run, or of all runs."""
+
+    found: list[Holder] = field(default_factory=list)
+    silent: list[Silent] = field(default_factory=list)
+    others: set[str] = field(default_factory=set)
+    """Places that the holders of other runs know; or what to say of one that did not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +76,8 @@ class InMemory:
     """Places in the job whose data this holder has."""
 
 
-def holders(storage: Storage | None = None) -> tuple[list[Holder], list[str]]:
-    """This user's holders on this machine, and which did not answer.
+def holders(storage: Storage | None = None) -> Asked:
+    """Ask this user's holders on this machine.
 
     Args:
         storage: of the run that saves there alone, by its name, or by the place where it has
@@ -64,13 +91,13 @@ def holders(storage: Storage | None = None) -> tuple[list[Holder], list[str]]:
     job = None if storage is None else read_job(storage)
     place = "" if storage is None else directory_of(storage)
     places = (place, f"{place}/{INSIDE_RUN}")
-    found: list[Holder] = []
-    silent: list[str] = []
+    asked = Asked()
     for name, node in find_holders():
         try:
-            with HolderClient.connect(name, node) as client:
+            with HolderClient.connect(name, node, still_s=PATIENCE_S) as client:
                 directory = client.directory()
                 if storage is not None and name != job and directory not in places:
+                    asked.others.update({directory} - {""})
                     continue
                 holder = Holder(
                     job=name,
@@ -79,17 +106,24 @@ def holders(storage: Storage | None = None) -> tuple[list[Holder], list[str]]:
                     forgotten=storage is not None and name != job,
                     inventory=client.inventory(),
                 )
-                found.append(holder)
-        except (HolderGone, HolderError) as error:
+                asked.found.append(holder)
+        except (HolderSilent, HolderError) as error:
+            verb = "does not answer" if isinstance(error, HolderSilent) else "cannot be asked"
+            text = f"the holder of job {name}, node {node} {verb}: {error}"
             if storage is None or name == job:
-                silent.append(f"the holder of job {name}, node {node} does not answer: {error}")
-    return found, silent
+                asked.silent.append(Silent(job=name, node=node, text=text))
+            else:
+                asked.others.add(text)
+        except HolderGone:  # it has just ended
+            pass
+    return asked
 
 
 def in_memory(storage: Storage | None = None) -> tuple[list[InMemory], list[str]]:
-    """What holders have, and which did not answer; see `holders`."""
-    found, silent = holders(storage)
-    return [item for holder in found for item in _of_holder(holder)], silent
+    """What holders have, and what to say of those that did not answer; see `holders`."""
+    asked = holders(storage)
+    items = [item for holder in asked.found for item in _of_holder(holder)]
+    return items, [silent.text for silent in asked.silent]
 
 
 def _of_holder(holder: Holder) -> list[InMemory]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phalanx.checkpoint import holder_client, holder_line
+from phalanx.checkpoint import epoch, holder_client, holder_line
 from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.checkpoint.peers import CheckpointError
 from phalanx.parallel.ranks import Ranks, process_group
@@ -144,6 +144,24 @@ def test_too_little_host_memory_is_told_before_training(run_ranks: Run, tmp_path
         assert "checkpoint.every=0, save_last=true: 1490.12 GiB of host memory are needed" in text
         assert "for 2 nodes on this machine (2 generations of 372.53 GiB)" in text
         assert "GiB are free" in text
+
+
+def memory_of_an_earlier_start(ranks: Ranks, root: Path) -> list[int]:
+    """What the second of two set-ups counts on."""
+    counted: list[int] = []
+    epoch.check_host_memory = lambda nbytes, *, held, **_: counted.append(held)
+    with process_group(ranks):
+        manager = manager_of(ranks, root)
+        manager.prepare({"x": torch.zeros(1_000_000)})
+        manager.prepare({"x": torch.zeros(2_000_000)})
+        manager.close()
+    return counted
+
+
+def test_only_memory_that_was_taken_is_counted_as_freed(run_ranks: Run, tmp_path: Path) -> None:
+    [[none, held]] = run_ranks(memory_of_an_earlier_start, tmp_path, world_size=1)
+    assert none == 0
+    assert 4_000_000 <= held < 5_000_000  # of two generations, one was populated
 
 
 def save_on_a_disk_of_its_own(ranks: Ranks, root: Path, async_save: bool) -> tuple[str, Events]:

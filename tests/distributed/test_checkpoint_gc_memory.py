@@ -1,18 +1,21 @@
 """`phalanx checkpoint ls` and `gc --memory` with real holders: found, freed, but not while used."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from phalanx.checkpoint.holder_client import HolderClient
-from phalanx.checkpoint.holder_socket import socket_path
+from phalanx.checkpoint.holder_socket import Lock, remove_left, socket_path
 from phalanx.checkpoint.job import directory_of, job_name
 from phalanx.checkpoint.storage import open_storage
-from phalanx.checkpoint.tool import gc_memory
+from phalanx.checkpoint.tool import gc_memory, memory
 from phalanx.launch.cli import main
 from tests.holding import Cluster, snapshot_memory
 
@@ -65,6 +68,16 @@ def ask(captured: Captured, *argv: str) -> tuple[int, Any]:
 
 def alive(cluster: Cluster) -> list[int]:
     return [node for node in cluster.nodes if socket_path(cluster.job, node).exists()]
+
+
+@contextmanager
+def standing_still(pid: int) -> Iterator[None]:
+    """The process answers nobody meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_ls_says_whose_memory_it_is(run: Path, cluster: Cluster, capsys: Captured) -> None:
@@ -135,8 +148,11 @@ def test_a_rank_that_comes_in_between_keeps_its_holder(
 
     monkeypatch.setattr(gc_memory, "_look", late)
     code, found = ask(capsys, "gc", str(run), "--memory")
-    assert (code, alive(cluster)) == (1, [0])
-    assert found["holders"][0]["why"] == "ranks are connected"
+    assert (code, found["freed"], alive(cluster)) == (1, 0, [0, 1])
+    assert [item["why"] for item in found["holders"]] == [
+        "ranks are connected",
+        "its run is in use, see node 0",  # it would lose half of its snapshot
+    ]
     came[0].close()
 
 
@@ -166,3 +182,86 @@ def test_people_are_told_what_was_freed(run: Path, cluster: Cluster, capsys: Cap
     assert lines[1].split() == ["job", cluster.job, "node", "0", *lines[1].split()[4:6], "ended"]
     assert lines[-1].startswith("2 holders ended, ")
     assert lines[-1].endswith(" MB freed")
+
+
+@pytest.mark.parametrize("stands_still", [0, 1])
+def test_a_holder_that_does_not_answer_is_told(
+    run: Path,
+    cluster: Cluster,
+    capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
+    stands_still: int,
+) -> None:
+    monkeypatch.setattr(memory, "PATIENCE_S", 0.5)
+    other = 1 - stands_still
+    pid = cluster.clients[stands_still].hello()
+    leave(cluster)
+    with standing_still(pid):
+        said = (
+            f"the holder of job {cluster.job}, node {stands_still} does not answer: "
+            f"process {pid} has answered nobody for a while"
+        )
+        code, found = ask(capsys, "ls", str(run))
+        assert (code, found["silent"]) == (1, [said])
+        assert [item["node"] for item in found["memory"]] == [other]
+        code, found = ask(capsys, "gc", str(run), "--memory")
+        assert (code, found["silent"], found["freed"]) == (1, [said], 0)
+        assert [item["why"] for item in found["holders"]] == [
+            f"node {stands_still} does not answer"
+        ]
+        assert alive(cluster) == [0, 1]
+    assert ask(capsys, "gc", str(run), "--memory")[0] == 0
+    assert alive(cluster) == []
+
+
+def test_one_that_stops_answering_in_between_keeps_the_others(
+    run: Path, cluster: Cluster, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gc_memory, "PATIENCE_S", 0.5)
+    pid = cluster.clients[0].hello()
+    leave(cluster)
+    look = gc_memory._look
+
+    def stopped(holder: Any) -> Any:
+        if holder.node != 0:
+            return look(holder)
+        with standing_still(pid):
+            return look(holder)
+
+    monkeypatch.setattr(gc_memory, "_look", stopped)
+    code, found = ask(capsys, "gc", str(run), "--memory")
+    assert (code, found["freed"], alive(cluster)) == (1, 0, [0, 1])
+    assert found["holders"][0]["why"].startswith("it does not answer: ")
+    assert found["holders"][1]["why"] == "its run is in use, see node 0"
+
+
+def test_what_killed_holders_left_is_removed(run: Path, cluster: Cluster, capsys: Captured) -> None:
+    cluster.kill(1)
+    left = socket_path(cluster.job, 1)
+    assert left.exists()
+    assert left.with_suffix(".lock").exists()
+    starting = Lock(left.with_suffix(".lock"))
+    while not starting.take():  # the kernel has not ended it yet
+        pass
+    assert [item["node"] for item in ask(capsys, "ls", str(run))[1]["memory"]] == [0]
+    assert left.exists()  # who has the lock will need the name
+    os.close(starting._fd)
+    code, found = ask(capsys, "ls", str(run))
+    assert (code, found["silent"]) == (0, [])
+    assert not left.exists()
+    assert not left.with_suffix(".lock").exists()
+    living = socket_path(cluster.job, 0)
+    living.with_suffix(".lock").unlink()  # as what cleans /tmp does
+    assert [item["node"] for item in ask(capsys, "ls", str(run))[1]["memory"]] == [0]
+    remove_left(cluster.job, 0)
+    assert living.exists()
+
+
+def test_a_place_that_no_holder_knows(run: Path, cluster: Cluster, capsys: Captured) -> None:
+    assert main(["checkpoint", "gc", f"{run}x", "--memory"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["  no holder on this machine knows this place", "  what others know:"]
+    assert f"    {run}/checkpoints" in lines
+    leave(cluster)
+    assert main(["checkpoint", "gc", str(run), "--memory", "--dry-run"]) == 0
+    assert "no holder" not in capsys.readouterr().out

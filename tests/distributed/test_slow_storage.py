@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from phalanx.checkpoint.config import SnapshotConfig, StorageConfig
+from phalanx.checkpoint.folders import folder_name
+from phalanx.checkpoint.manifest import NAME
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import LINGER_S, Events, Run, filled, manager_of
+from tests.checkpointing import LINGER_S, Events, Run, committed_steps, filled, manager_of
+from tests.killing import wait_until
 
 STEPS = range(1, 9)
 SLOW_MB_S = 0.2
@@ -34,6 +37,8 @@ def save_every_step(ranks: Ranks, root: Path, every: int) -> tuple[int, Events]:
             may_skip = step != STEPS[-1]
             manager.snapshot(step, lambda: tensors, {}, durable=True, may_skip=may_skip)
             manager.before_update()
+        wait_until(lambda: STEPS[-1] in committed_steps(root))
+        assert not (root / folder_name(STEPS[-1]) / NAME).exists(), "it waited for storage"
         manager.wait()
         resumed = manager.resume(lambda step, names, meta: tensors)
         manager.close()
@@ -56,3 +61,36 @@ def test_training_never_waits_for_storage(run_ranks: Run, tmp_path: Path, every:
         "training waited for the first one"
     )
     assert [step for step, _ in results] == [STEPS[-1]] * 2
+
+
+def save_a_step_twice(ranks: Ranks, root: Path, may_skip: bool) -> Events:
+    """The snapshot of step 2 stands in memory, step 1 is on its way to storage: save step 2."""
+    with process_group(ranks):
+        events: Events = []
+        manager = manager_of(
+            ranks,
+            root,
+            events=events,
+            every=1,
+            snapshot=SnapshotConfig(every=1, linger_s=LINGER_S),
+            storage=StorageConfig(limit_mb_s=SLOW_MB_S),
+        )
+        tensors = {f"x{ranks.rank}": torch.zeros(100_000)}
+        for step, durable, skippable in ((1, True, False), (2, False, False), (2, True, may_skip)):
+            manager.snapshot(step, lambda: tensors, {}, durable=durable, may_skip=skippable)
+            manager.before_update()
+        manager.close()
+        return events
+
+
+@pytest.mark.parametrize("may_skip", [False, True])
+def test_a_snapshot_that_stands_is_saved_or_left_out(
+    run_ranks: Run, tmp_path: Path, may_skip: bool
+) -> None:
+    events, _ = run_ranks(save_a_step_twice, tmp_path, may_skip, world_size=2, nodes=2)
+    told = sorted((facts["step"], name) for name, facts in events if "step" in facts)
+    assert told == [
+        (1, "checkpoint_saved"),
+        (2, f"checkpoint_{'skipped' if may_skip else 'saved'}"),
+    ]
+    assert [name for name, _ in events].count("snapshot_opened") == 1, "nothing was copied anew"

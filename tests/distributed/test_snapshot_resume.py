@@ -2,12 +2,14 @@
 same losses, bit for bit, in the same layout."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from phalanx.train.data.config import DataConfig
+from tests.checkpointing import committed_steps
 from tests.killing import Run, alive, end_all, going_on_from, wait_until
 
 STEPS = 60
@@ -233,3 +235,52 @@ def test_holders_end_with_the_run_and_when_nobody_comes_back(make_run: MakeRun) 
     assert "going on" not in run.finish("training.steps=4")
     assert not run.holders()
     assert [step for step, _, _ in run.metrics()] == list(range(4))
+
+
+SLOW = "checkpoint.storage.limit_mb_s=0.02"
+"""A checkpoint takes some ten seconds."""
+
+
+@pytest.mark.slow
+def test_an_end_that_storage_is_too_slow_for(make_run: MakeRun) -> None:
+    """The ranks evaluate together while the last checkpoints wait for storage."""
+    run = make_run("run", "parallel.dp_shard=2", SLOW, "training.steps=12")
+    text = run.finish(
+        "checkpoint.every=11",
+        "checkpoint.save_last=true",
+        "training.eval_batches=1",
+        "launch.timeout_s=5",
+    )
+    assert "eval loss" in text
+    saved = [event["step"] for event in run.events("checkpoint_saved")]
+    assert saved == [11, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_stop_that_is_killed_before_storage_is_done(make_run: MakeRun, every: int) -> None:
+    run = make_run("run", "parallel.dp_shard=2", SLOW, "checkpoint.save_last=true")
+    run.start("checkpoint.every=2", f"checkpoint.snapshot.every={every}")
+    run.wait_for_lines(7)
+    run.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: len(run.metrics()) in committed_steps(run.folder / "checkpoints"))
+    run.kill("everything")
+    done = len(run.metrics())
+    text = run.finish(f"training.steps={done + 2}", "checkpoint.save_last=false")
+    assert going_on_from(text) == ("snapshot in memory", done)
+
+
+@pytest.mark.slow
+def test_a_holder_that_dies_while_the_last_checkpoint_waits(make_run: MakeRun) -> None:
+    run = make_run("run", "parallel.dp_shard=2", SLOW, "checkpoint.save_last=true")
+    run.start("checkpoint.every=2")
+    run.wait_for_lines(7)
+    run.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: len(run.metrics()) in committed_steps(run.folder / "checkpoints"))
+    time.sleep(1)  # until the stop has asked for its checkpoint
+    end_all(run.holders().values())
+    text = run.wait()
+    assert run.process.returncode == 0, text
+    assert "saving once more" in text
+    done = len(run.metrics())
+    assert going_on_from(run.finish(f"training.steps={done + 2}")) == ("checkpoint", done)
