@@ -11,7 +11,7 @@ from phalanx.checkpoint.manifest import (
     StoredParity,
     StoredPart,
 )
-from phalanx.checkpoint.storage import Bytes, Storage
+from phalanx.checkpoint.storage import Bytes, NotAFileError, Storage
 
 READ_BYTES = 8 << 20
 """Bytes read at a time."""
@@ -97,6 +97,8 @@ def check_file(storage: Storage, folder: str, expected: StoredPart | StoredParit
                 return None
             why = f"is damaged: checksum {found} instead of {expected.xxh3_64}"
             broken = [] if part is None else broken_boxes(storage, path, part)
+    except NotAFileError as error:
+        return f"{expected.file} {error.strerror}"
     except FileNotFoundError:
         return f"{expected.file} is missing"
     except OSError as error:

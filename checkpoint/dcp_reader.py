@@ -4,6 +4,7 @@ It may name DCP's own classes and nothing else, so that a foreign folder runs no
 """
 
 import pickle
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
+from phalanx.checkpoint.dcp_crc import damage
 from phalanx.checkpoint.manifest import BrokenCheckpointError
 
 METADATA = ".metadata"
@@ -40,6 +42,11 @@ ALLOWED = {
 
 DAMAGE = (
     RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    struct.error,
     KeyError,
     EOFError,
     AssertionError,
@@ -88,6 +95,16 @@ class MetadataReader(dcp.FileSystemReader):
             for item in items:  # which one it is
                 self._fill_one(item, planner)
             raise
+        for item in items:  # torch does not look at the CRC32s that it writes
+            self._check_one(item)
+
+    def _check_one(self, item: ReadItem) -> None:
+        index = item.storage_index
+        stored = self.storage_data[index]
+        file = Path(self.path) / stored.relative_path
+        if why := damage(file, stored.offset, stored.length):
+            box = f"{index.fqn} at {list(index.offset or ())}"
+            raise BrokenCheckpointError(f"{file} is damaged: {box}: {why}")
 
     def _fill_one(self, item: ReadItem, planner: "_BoxLoadPlanner") -> None:
         index, file = item.storage_index, Path(self.path)

@@ -9,6 +9,7 @@ Torch-free.
 import re
 from collections.abc import Collection
 
+from phalanx.checkpoint.manifest import BACKUP, BrokenCheckpointError, Manifest, read_manifest
 from phalanx.checkpoint.manifest import NAME as MANIFEST
 from phalanx.checkpoint.storage import Storage
 
@@ -30,6 +31,24 @@ def step_folders(storage: Storage) -> list[tuple[int, str]]:
 def is_complete(storage: Storage, folder: str) -> bool:
     """Whether a folder holds a manifest."""
     return storage.exists(f"{folder}/{MANIFEST}")
+
+
+def stands_by_backup(storage: Storage, folder: str) -> Manifest | None:
+    """The backup of a manifest that is missing, where every file is there; else None.
+
+    Then the manifest was lost: deleting a folder begins with the backup, and a save that dies
+    leaves one only where it had written all else.
+
+    Raises:
+        OSError: the storage cannot be read.
+    """
+    try:
+        backup = read_manifest(storage, folder, name=BACKUP)
+    except BrokenCheckpointError:
+        return None
+    names = storage.names(folder)
+    lost = MANIFEST not in names and set(names).issuperset(backup.files)
+    return backup if lost else None
 
 
 def complete_folders(storage: Storage) -> dict[int, str]:
@@ -61,11 +80,14 @@ def prepare_folder(storage: Storage, step: int) -> str:
 
 
 def remove_folder(storage: Storage, name: str) -> None:
-    """Delete a folder, its manifest first: it never counts while half of it is gone.
+    """Delete a folder, its manifests first: it never counts while half of it is gone.
+
+    The backup goes before the manifest: without that, it would look as if it could be mended.
 
     Raises:
         OSError: something could not be deleted.
     """
+    storage.delete(f"{name}/{BACKUP}")
     storage.delete(f"{name}/{MANIFEST}")
     storage.delete(name)
 
@@ -77,8 +99,9 @@ def prune(
 
     The newest `keep` (0 = all) are kept, those at multiples of `keep_every`, `saved` itself, and
     step 0 (imported weights); those that were saved anew are not. Rejected ones count for nothing
-    and go once they are older than the newest `keep`: until then they may be mended. Folders
-    without a manifest go up to `saved`; beyond, they may be in the making.
+    and go once they are older than the newest `keep`: until then they may be mended. So do those
+    that lost their manifest but have its backup. Other folders without a manifest go up to
+    `saved`; beyond, they may be in the making.
 
     Returns:
         Names of the deleted folders, and why others could not be deleted.
@@ -94,11 +117,19 @@ def prune(
         kept |= {step for step in good if step % keep_every == 0}
     if keep == 0:
         kept |= complete.keys()
+
+    def mendable(step: int, name: str) -> bool:
+        wanted = not keep or step == 0 or step > min(good[-keep:])
+        wanted = wanted or bool(keep_every and step % keep_every == 0)
+        return wanted and step not in complete and stands_by_backup(storage, name) is not None
+
     deleted: list[str] = []
     problems: list[str] = []
     for step, name in step_folders(storage):
         counts = complete.get(step) == name
         if (counts and step in kept) or (step > saved and not is_complete(storage, name)):
+            continue
+        if mendable(step, name):
             continue
         try:
             remove_folder(storage, name)

@@ -1,8 +1,9 @@
 """The file that makes a folder a checkpoint: written last, with every file's table and checksums.
 
-A folder without `manifest.json` is the leftover of a crash. One whose manifest does not parse, or
-does not hold its own checksum, or whose files differ from it, is broken. `manifest.backup.json`
-holds the same bytes and is written just before, so that a damaged manifest can be repaired.
+A folder without `manifest.json` is the leftover of a crash, or, where its backup and every other
+file stand, has lost it. One whose manifest does not parse, or does not hold its own checksum, or
+whose files differ from it, is broken. `manifest.backup.json` holds the same bytes and is written
+just before, so that a damaged manifest can be repaired.
 Torch-free.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 import xxhash
 
 from phalanx.checkpoint.format import HEADER_ALIGN, Entry, TensorInfo
-from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.storage import NotAFileError, Storage
 from phalanx.checkpoint.stored import StoredParity, StoredPart
 
 NAME = "manifest.json"
@@ -129,6 +130,8 @@ def read_manifest(storage: Storage, folder: str, *, name: str = NAME) -> Manifes
     """
     try:
         text = storage.read(f"{folder}/{name}")
+    except NotAFileError as error:
+        raise BrokenCheckpointError(f"{name} {error.strerror}") from None
     except FileNotFoundError:
         raise BrokenCheckpointError(f"no {name}: the save was never completed") from None
     tail = TAIL.fullmatch(text[-TAIL_BYTES:])
@@ -137,13 +140,18 @@ def read_manifest(storage: Storage, folder: str, *, name: str = NAME) -> Manifes
         raise BrokenCheckpointError(_why_foreign(text, name))
     if tail[1].decode() != xxhash.xxh3_64_hexdigest(content):
         raise BrokenCheckpointError(_damaged(name))
-    document = json.loads(bytes(content) + b"}")  # as it was written: its checksum holds
-    if document["version"] != VERSION:
-        raise BrokenCheckpointError(_other_version(document["version"], name))
     try:
+        document = json.loads(bytes(content) + b"}")  # as it was written: its checksum holds
+        found = document["version"]
+        if type(found) is not int:
+            raise TypeError(f"version {found!r} is no whole number")
+        if found != VERSION:
+            raise BrokenCheckpointError(_other_version(found, name))
         manifest = _from_body(document["body"])
         _check(manifest)
-    except (ValueError, KeyError, TypeError) as error:
+    except BrokenCheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenCheckpointError(f"{name} contradicts itself: {error}") from error
     return manifest
 

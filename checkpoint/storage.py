@@ -20,10 +20,16 @@ Bytes = bytes | bytearray | memoryview
 
 UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 """Names of files whose write did not end; no one is shown them, and they go with their folder."""
+REMOVE = "remove it"
+"""How an error ends whose cause no repair takes away."""
 
 
 class ShortFileError(OSError):
     """A file ends before the bytes that were asked of it."""
+
+
+class NotAFileError(FileNotFoundError):
+    """Something has the file's name, but is no file; `strerror` says what, and what to do."""
 
 
 class Storage(Protocol):

@@ -8,12 +8,22 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 
 from phalanx.checkpoint.rate_limit import RateLimit
-from phalanx.checkpoint.storage import UNFINISHED, Bytes, ShortFileError, unfinished_name
+from phalanx.checkpoint.storage import (
+    REMOVE,
+    UNFINISHED,
+    Bytes,
+    NotAFileError,
+    ShortFileError,
+    unfinished_name,
+)
 
+FOLDER = f"is a folder, not a file; {REMOVE}"
 WRITE_BYTES = 8 << 20
 """Most bytes handed to the system at once: between two such calls others see progress."""
 
@@ -49,16 +59,22 @@ class LocalStorage:
 
     def size(self, path: str) -> int:
         """See Storage."""
-        return (self._root / path).stat().st_size
+        file = self._root / path
+        with reaching(file):
+            status = file.stat()
+        _refuse_other_kinds(status, file)
+        return status.st_size
 
     def read(self, path: str) -> bytes:
         """See Storage."""
-        return (self._root / path).read_bytes()
+        file = self._root / path
+        with open_file(file) as stream, named(file):
+            return stream.read()
 
     def read_into(self, path: str, offset: int, view: memoryview) -> None:
         """See Storage."""
         file = self._root / path
-        with named(file), file.open("rb", buffering=0) as stream:
+        with open_file(file) as stream, named(file):
             if _fill(view, stream.fileno(), offset):
                 return
             size = os.fstat(stream.fileno()).st_size
@@ -79,6 +95,8 @@ class LocalStorage:
                 size = self._copy(pieces, stream.fileno(), target, on_bytes)
                 with named(target):
                     os.fsync(stream.fileno())
+            if target.is_dir():
+                raise NotAFileError(errno.EISDIR, FOLDER, str(target))
             with named(target):
                 temporary.rename(target)
                 fsync_folder(target.parent)
@@ -148,6 +166,44 @@ def named(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+@contextlib.contextmanager
+def reaching(file: Path) -> Iterator[None]:
+    """Within, a path that cannot lead to a file is told as one that has none."""
+    try:
+        yield
+    except NotADirectoryError as error:
+        raise FileNotFoundError(errno.ENOENT, "in no folder", str(file)) from error
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        said = f"is a link that leads to itself; {REMOVE}"
+        raise NotAFileError(errno.ELOOP, said, str(file)) from error
+
+
+def open_file(file: Path) -> FileIO:
+    """Open a regular file for reading; of other kinds (a pipe, say) nothing is waited for.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    with reaching(file):
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        _refuse_other_kinds(os.fstat(descriptor), file)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return FileIO(descriptor, "rb")
+
+
+def _refuse_other_kinds(status: os.stat_result, file: Path) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise NotAFileError(errno.EISDIR, FOLDER, str(file))
+    if not stat.S_ISREG(status.st_mode):
+        said = f"is a pipe, a socket or a device, not a file; {REMOVE}"
+        raise NotAFileError(errno.EINVAL, said, str(file))
 
 
 def make_folder(folder: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from phalanx.checkpoint.config import StorageConfig
 from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest
@@ -43,7 +45,12 @@ def checkpoint(argv: Sequence[str]) -> None:
     except OSError as error:
         advice = "; run the same command again and it goes on" if action == "restore" else ""
         _fail(action, f"{error}{advice}")
-    _tell(report, flags)
+    try:
+        _tell(report, flags)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _fail(action, str(error))
     if not report.fine:
         raise SystemExit(1)
 
@@ -132,6 +139,8 @@ def _convert(flags: Flags) -> Report:
     from phalanx.checkpoint.tool import convert
 
     source, target = flags.places
+    if "://" not in target:
+        _no_file("convert", Path(target))
     if "://" not in source and convert.is_dcp(Path(source)):
         storage = open_storage(target, StorageConfig(options=flags.options))
         return convert.convert_from_dcp(Path(source), storage, step=flags.step)
@@ -190,7 +199,13 @@ def _two_folders(action: str, flags: Flags) -> tuple[Path, Path]:
     source, target = map(Path, flags.places)
     if not source.is_dir():
         raise BadInput(f"checkpoint {action}: {source}: no such folder")
+    _no_file(action, target)
     return source, target
+
+
+def _no_file(action: str, target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise BadInput(f"checkpoint {action}: {target}: is a file, not a folder")
 
 
 ACTIONS: dict[str, Callable[[Flags], Report]] = {
@@ -212,16 +227,38 @@ def _place(text: str, flags: Flags, *, gone: bool = False) -> Place:
         gone: whether what stood there may be deleted.
     """
     config = StorageConfig(options=flags.options)
+    inside = (Path(text) / INSIDE_RUN).is_dir()
     written = Path(text) / "config.yaml"
     if "://" not in text and written.is_file():
-        saved: Any = OmegaConf.to_container(OmegaConf.load(written))
-        there = saved.get("checkpoint") or {}
-        where, options = str(there.get("dir", "")), (there.get("storage") or {}).get("options")
-        if "://" in where or (not (Path(text) / INSIDE_RUN).is_dir() and Path(where).is_dir()):
-            return find(where, StorageConfig(options=dict(options or {}) | flags.options))
+        try:
+            where, options = _written_place(written)
+        except BadInput:
+            if not inside:
+                raise
+            where, options = "", {}  # the checkpoints stand here, and are what was asked for
+        if "://" in where or (not inside and Path(where).is_dir()):
+            return find(where, StorageConfig(options=options | flags.options))
     if gone and not Path(text).is_file() and not (storage := open_storage(text, config)).names():
         return Place(storage=storage, folder=None, text=text)
     return find(text, config)
+
+
+def _written_place(written: Path) -> tuple[str, dict[str, Any]]:
+    """A run's checkpoint.dir and checkpoint.storage.options, as its config.yaml has them.
+
+    Raises:
+        BadInput: it is damaged.
+    """
+    try:
+        saved: Any = OmegaConf.to_container(OmegaConf.load(written))
+        there = saved.get("checkpoint") or {}
+        options = (there.get("storage") or {}).get("options") or {}
+        return str(there.get("dir", "")), dict(options)
+    except (AttributeError, TypeError):
+        why = "not a run's settings"
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        why = str(error).splitlines()[0]
+    raise BadInput(f"{written}: cannot be read ({why}); mend it, or give the folder of checkpoints")
 
 
 def _count(action: str, flags: Flags, count: int) -> None:
@@ -233,15 +270,25 @@ def _count(action: str, flags: Flags, count: int) -> None:
 def _tell(report: Report, flags: Flags) -> None:
     text = json.dumps(report.content, indent=2)
     if flags.json_file == "-":
-        print(text)
+        _print(text)
         return
-    print("\n".join(report.lines))
+    _print("\n".join(report.lines))
     if flags.json_file is not None:
         path = Path(flags.json_file)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_text(text + "\n")
         partial.replace(path)
         print(f"wrote {path}", file=sys.stderr)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def _fail(action: str, message: str) -> NoReturn:

@@ -13,14 +13,14 @@ from phalanx.checkpoint.checksums import check_files
 from phalanx.checkpoint.coverage import uncovered
 from phalanx.checkpoint.manifest import BACKUP, BrokenCheckpointError, Manifest, read_manifest
 from phalanx.checkpoint.manifest import NAME as MANIFEST
-from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.storage import REMOVE, NotAFileError, Storage
 from phalanx.checkpoint.tool.metered import Metered
 from phalanx.checkpoint.tool.places import Place, step_of
 from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.reading import Reader
 from phalanx.checkpoint.tool.repair import MENDED, Checked, find_ways, mend
 from phalanx.checkpoint.tool.report import Report, plural, size
-from phalanx.checkpoint.tool.state import BROKEN, COMPLETE, RESTORING, UNFINISHED, look
+from phalanx.checkpoint.tool.state import BROKEN, COMPLETE, NO_FOLDER, RESTORING, UNFINISHED, look
 
 
 def verify(
@@ -45,7 +45,7 @@ def verify(
     lines: list[str] = []
     for folder in folders:
         reader = None if other is None else _copy_of(folder, other)
-        item = examine(place.storage, folder, repair=repair, other=reader)
+        item = examine(place.storage, folder, repair=repair, other=reader, named=single)
         found.append(item)
         lines += _lines(place, item, repair=repair)
         if other is not None and reader is None and not item.fine:
@@ -69,11 +69,22 @@ def verify(
 
 
 def examine(
-    storage: Storage, folder: str, *, repair: bool = False, other: Reader | None = None
+    storage: Storage,
+    folder: str,
+    *,
+    repair: bool = False,
+    other: Reader | None = None,
+    named: bool = False,
 ) -> Checked:
-    """Check a folder's manifests and files, and mend them if `repair`: all that can be mended."""
+    """Check a folder's manifests and files, and mend them if `repair`: all that can be mended.
+
+    Args:
+        named: whether just this one was asked for; then it is tried even where it looks as if its
+            save or its deletion did not end.
+    """
     listed = look(storage, folder)
-    if listed.state == RESTORING:
+    done = listed.state == RESTORING or listed.reason == NO_FOLDER
+    if done or (listed.state == UNFINISHED and not named):
         return Checked(folder=folder, state=listed.state, reason=listed.reason)
     readable, faults = _manifests(storage, folder)
     found = {name: _check(storage, folder, manifest) for name, manifest in readable.items()}
@@ -81,11 +92,11 @@ def examine(
     source, best = min(
         found.items(),
         key=lambda item: (bool(item[1].reason), len(item[1].faults)),
-        default=("", Checked(folder=folder, state=BROKEN, reason=faults.get(MANIFEST, ""))),
+        default=("", Checked(folder=folder, state=BROKEN, reason=_neither(faults))),
     )
-    if listed.state == UNFINISHED and not best.fine:  # no save or deletion ended just before
-        return Checked(folder=folder, state=UNFINISHED, reason=listed.reason)
     if best.manifest is None:
+        if listed.state == UNFINISHED:
+            return Checked(folder=folder, state=UNFINISHED, reason=listed.reason)
         return best
     faults |= {name: f"{name} is another one's" for name in readable if name != source}
     find_ways(storage, folder, best, other)
@@ -101,6 +112,11 @@ def examine(
     if best.faults:
         best.state = BROKEN if best.left or best.reason else MENDED
     return best
+
+
+def _neither(faults: dict[str, str]) -> str:
+    """Why no manifest can be had, and what to do."""
+    return "; ".join([*faults.values(), "another copy of this checkpoint is needed"])
 
 
 def _fits_none(item: Checked) -> bool:
@@ -124,13 +140,14 @@ def _manifests(storage: Storage, folder: str) -> tuple[dict[str, Manifest], dict
     """Manifests of the folder's step, by file (one if both are alike); why others are not."""
     readable: dict[str, Manifest] = {}
     faults: dict[str, str] = {}
-    texts = {
-        name: storage.read(f"{folder}/{name}")
-        for name in (MANIFEST, BACKUP)
-        if storage.exists(f"{folder}/{name}")
-    }
+    texts: dict[str, bytes] = {}
     for name in (MANIFEST, BACKUP):
-        if name not in texts:
+        try:
+            texts[name] = storage.read(f"{folder}/{name}")
+        except NotAFileError as error:
+            faults[name] = f"{name} {error.strerror}"
+            continue
+        except FileNotFoundError:
             faults[name] = f"{name} is missing"
             continue
         if name == BACKUP and readable and texts[name] == texts[MANIFEST]:
@@ -177,6 +194,8 @@ def _lines(place: Place, item: Checked, *, repair: bool) -> list[str]:
     for name, why in item.faults.items():
         if name in item.mended:
             lines.append(f"  {why}; mended from {item.mended[name]}")
+        elif name in item.failed and why.endswith(REMOVE):
+            lines.append(f"  {why}")
         elif name in item.failed:
             lines.append(f"  {why}; mending failed: {item.failed[name]}")
         elif name in item.ways:
@@ -193,11 +212,18 @@ def _advice(item: Checked, url: str, *, repair: bool) -> list[str]:
         return []
     other = "  what is left needs another copy: --repair --from OTHER, in any layout"
     if repair:
-        return [f"  mended {len(item.mended)} of {len(item.faults)}", other]
+        needy = [name for name in left if not item.faults[name].endswith(REMOVE)]
+        again = f"  remove what is no file and repair again: {_command(url)}"
+        advice = ([other] if needy else []) + ([again] if len(needy) < len(left) else [])
+        return [f"  mended {len(item.mended)} of {len(item.faults)}", *advice]
     mendable = sum(name in item.ways for name in left)
     what = "all" if mendable == len(left) else f"{mendable} of {len(left)}"
-    command = [f"  mend {what}: phalanx checkpoint verify --repair {url}"] if mendable else []
+    command = [f"  mend {what}: {_command(url)}"] if mendable else []
     return command if what == "all" else [*command, other]
+
+
+def _command(url: str) -> str:
+    return f"phalanx checkpoint verify --repair {url}"
 
 
 def _content(item: Checked) -> dict[str, Any]:

@@ -32,12 +32,15 @@ class Place:
         """The manifest of a checkpoint.
 
         Raises:
-            BrokenCheckpointError: it is missing or damaged; names the checkpoint.
+            BrokenCheckpointError: it is missing, damaged or another step's; names the checkpoint.
         """
         try:
-            return read_manifest(self.storage, folder)
+            found = read_manifest(self.storage, folder)
+            if step_of(folder) not in (-1, found.step):
+                raise BrokenCheckpointError(f"{MANIFEST} is of step {found.step}")
         except BrokenCheckpointError as error:
             raise BrokenCheckpointError(f"{self.url(folder)}: {error}") from None
+        return found
 
     def one(self, step: int | None = None) -> str:
         """The checkpoint that is meant: the one named, that of `step`, or the newest complete.
@@ -80,14 +83,11 @@ def find(text: str, config: StorageConfig | None = None) -> Place:
     parent, name = split(text)
     if PATTERN.fullmatch(name):
         storage = open_storage(parent, config)
-        if not storage.names(name):
+        if not _names(storage, name, text):
             raise ValueError(f"{text}: no such folder, or an empty one")
         return Place(storage=storage, folder=name, text=text)
     storage = open_storage(text, config)
-    try:
-        names = storage.names()
-    except NotADirectoryError:
-        raise ValueError(f"{text}: is a file, not a folder") from None
+    names = _names(storage, "", text)
     if MANIFEST in names:
         return Place(storage=open_storage(parent, config), folder=name, text=text)
     if INSIDE_RUN in names and not _holds_checkpoints(names):
@@ -102,6 +102,13 @@ def find(text: str, config: StorageConfig | None = None) -> Place:
     return Place(storage=storage, folder=None, text=text)
 
 
+def _names(storage: Storage, folder: str, text: str) -> list[str]:
+    try:
+        return storage.names(folder)
+    except NotADirectoryError:
+        raise ValueError(f"{text}: is a file, not a folder") from None
+
+
 def _holds_checkpoints(names: list[str]) -> bool:
     """Whether these are the names in a folder of checkpoints; before the first, a run is named."""
     return JOB in names or any(map(PATTERN.fullmatch, names))
@@ -111,13 +118,17 @@ def target(text: str, config: StorageConfig | None = None) -> tuple[Storage, str
     """Where something new is to stand: a folder of checkpoints, and a name in it if one is given.
 
     Raises:
-        ValueError: the storage is unknown.
+        ValueError: the storage is unknown, or nothing of the kind can be put there.
+        OSError: the storage cannot be reached.
     """
     text = text.rstrip("/") or text
     parent, name = split(text)
-    if PATTERN.fullmatch(name):
-        return open_storage(parent, config), name
-    return open_storage(text, config), None
+    given = name if PATTERN.fullmatch(name) else None
+    storage = open_storage(text if given is None else parent, config)
+    names = _names(storage, given or "", text)
+    if given is None and INSIDE_RUN in names:
+        raise ValueError(f"{text}: is a run's folder; give {text}/{INSIDE_RUN}")
+    return storage, given
 
 
 def split(text: str) -> tuple[str, str]:

@@ -5,17 +5,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from phalanx.checkpoint.folders import stands_by_backup
 from phalanx.checkpoint.manifest import NAME as MANIFEST
 from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest, read_manifest
-from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.storage import REMOVE, NotAFileError, Storage
 from phalanx.checkpoint.stored import StoredFile
 from phalanx.checkpoint.tool.journal import NAME as JOURNAL
 from phalanx.checkpoint.tool.places import step_of
 
 THREADS = 16
+NO_FOLDER = f"is a file, not a folder; {REMOVE}"
 COMPLETE, BROKEN, UNFINISHED, RESTORING = "complete", "broken", "unfinished", "restoring"
-"""States of a folder: whole by its sizes; with a manifest, but not what that says; without one; the
-target of a restore that can go on."""
+"""States of a folder: whole by its sizes; with a manifest, or its backup alone, but not what that
+says; without one; the target of a restore that can go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,17 @@ class Listed:
 def look(storage: Storage, folder: str) -> Listed:
     """The state of one folder."""
     step = step_of(folder)
-    names = storage.names(folder)
+    try:
+        names = storage.names(folder)
+    except NotADirectoryError:
+        return Listed(folder=folder, step=step, state=BROKEN, reason=NO_FOLDER)
     if MANIFEST not in names:
         if JOURNAL in names:
             reason = "run its restore again, and it goes on"
             return Listed(folder=folder, step=step, state=RESTORING, reason=reason)
+        if (backup := stands_by_backup(storage, folder)) is not None:
+            reason = f"{MANIFEST} is missing; its backup stands"
+            return Listed(folder=folder, step=step, state=BROKEN, reason=reason, manifest=backup)
         reason = f"no {MANIFEST}: the save did not end, or still runs"
         return Listed(folder=folder, step=step, state=UNFINISHED, reason=reason)
     try:
@@ -69,7 +77,7 @@ def look(storage: Storage, folder: str) -> Listed:
         return Listed(folder=folder, step=step, state=BROKEN, reason=str(error))
     reason = wrong_sizes(storage, folder, manifest)
     if step not in (-1, manifest.step):
-        reason = f"its manifest is of step {manifest.step}"
+        reason = f"{MANIFEST} is of step {manifest.step}"
     state = BROKEN if reason else COMPLETE
     return Listed(folder=folder, step=manifest.step, state=state, reason=reason, manifest=manifest)
 
@@ -87,6 +95,8 @@ def wrong_files(storage: Storage, folder: str, files: Iterable[StoredFile]) -> d
     def look_at(file: StoredFile) -> str:
         try:
             size = storage.size(f"{folder}/{file.file}")
+        except NotAFileError as error:
+            return f"{file.file} {error.strerror}"
         except FileNotFoundError:
             return f"{file.file} is missing"
         if size == file.size:

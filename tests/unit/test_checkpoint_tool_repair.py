@@ -169,10 +169,16 @@ def test_a_save_that_ended_before_its_last_file_is_committed(good: Path) -> None
 def test_a_half_deleted_one_is_not_committed(good: Path) -> None:
     (good / STEP / NAME).unlink()
     (good / STEP / "part-00000.safetensors").unlink()
+    report = verify(find(str(good)), repair=True)
+    assert report.fine
+    assert report.content["checkpoints"][0]["state"] == "unfinished"
+    assert not (good / STEP / NAME).exists()
+    assert verify(find(str(good / STEP)), repair=True).fine  # it is meant: then it is tried
+    for name in (NAME, BACKUP):  # with these, deleting begins
+        (good / STEP / name).unlink()
     report = verify(find(str(good / STEP)), repair=True)
     assert not report.fine
     assert report.content["checkpoints"][0]["state"] == "unfinished"
-    assert not (good / STEP / NAME).exists()
 
 
 def test_without_parity_only_another_copy_helps(tmp_path: Path) -> None:

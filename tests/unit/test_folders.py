@@ -10,8 +10,9 @@ from phalanx.checkpoint.folders import (
     prepare_folder,
     prune,
     remove_folder,
+    stands_by_backup,
 )
-from phalanx.checkpoint.manifest import new_manifest, write_manifest
+from phalanx.checkpoint.manifest import NAME, new_manifest, write_manifest
 from phalanx.checkpoint.storage import Storage, open_storage
 
 
@@ -110,24 +111,48 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.parametrize("alive", [1, 2])
 def test_a_folder_whose_deleting_was_interrupted_does_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, alive: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It counts while it is whole but for the backup; and what is left goes the next time."""
     storage = open_storage(tmp_path)
     folder = save(storage, 5)
-    real, calls = storage.delete, []
+    real, calls = storage.delete, list[str]()
 
-    def dies_after_the_first(path: str) -> None:
-        if calls:
+    def dies_later(path: str) -> None:
+        if len(calls) == alive:
             raise Interrupted
         calls.append(path)
         real(path)
 
-    monkeypatch.setattr(storage, "delete", dies_after_the_first)
+    monkeypatch.setattr(storage, "delete", dies_later)
     with pytest.raises(Interrupted):
         remove_folder(storage, folder)
-    assert complete_folders(storage) == {}
+    assert complete_folders(storage) == ({5: folder} if alive == 1 else {})
+    assert stands_by_backup(storage, folder) is None
     assert "data" in storage.names(folder)
+    monkeypatch.undo()
+    save(storage, 7)
+    assert prune(storage, saved=7, keep=1, keep_every=0, rejected=())[0] == [folder]
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "left"), [(0, 0, True), (2, 0, True), (1, 0, False), (1, 5, True)]
+)
+def test_prune_keeps_what_only_lost_its_manifest(
+    tmp_path: Path, keep: int, keep_every: int, left: bool
+) -> None:
+    """As long as if it were rejected: then a repair no longer pays."""
+    storage = open_storage(tmp_path)
+    folders = [save(storage, step) for step in (4, 5, 6)]
+    storage.delete(f"{folders[1]}/{NAME}")
+    assert stands_by_backup(storage, folders[1]) is not None
+    prune(storage, saved=6, keep=keep, keep_every=keep_every, rejected=())
+    assert (folders[1] in storage.names()) == left
+    anew = save(storage, 5)
+    prune(storage, saved=6, keep=0, keep_every=0, rejected=())
+    assert storage.names()[-2:] == [anew, folders[2]]  # not the lost one, which no one needs now
 
 
 def test_what_cannot_be_deleted_is_told_and_costs_only_space(

@@ -269,6 +269,13 @@ def hf_dict(**changed: Any) -> dict[str, Any]:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_scaling.rope_type='yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.rope_type='linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "lacks low_freq_factor"),
+        ({"rope_scaling": 5}, "config.json: rope_scaling=5: must be an object"),
+        ({"rope_parameters": [1]}, "rope_parameters=.1.: must be an object"),
+        (
+            {"rope_parameters": LLAMA3 | {"factor": "8"}},
+            "rope_parameters.factor='8': must be a num",
+        ),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": None}}, "rope_theta=None: must be a number"),
         ({"hidden_size": None}, "hidden_size is missing"),
     ],
 )

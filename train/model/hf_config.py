@@ -137,8 +137,11 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScalingConfig]:
     """Base and scaling, from transformers 5's rope_parameters or 4's rope_theta, rope_scaling."""
     field = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    rope = dict(hf.get(field) or {})
-    theta = float(rope.pop("rope_theta", hf.get("rope_theta", 10000.0)))
+    given = hf.get(field) or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"config.json: {field}={given!r}: must be an object")
+    rope = dict(given)
+    theta = _number("rope_theta", rope.pop("rope_theta", hf.get("rope_theta", 10000.0)))
     legacy_kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", legacy_kind)
     partial = rope.pop("partial_rotary_factor", 1.0)
@@ -157,12 +160,22 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScalingConfig]:
     missing = [key for key in needed if key not in rope]
     if missing:
         raise ValueError(f"config.json: {field} of type llama3 lacks {', '.join(missing)}")
+
+    def number(key: str) -> float:
+        return _number(f"{field}.{key}", rope[key])
+
     return theta, RopeScalingConfig(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_seq_len=int(rope["original_max_position_embeddings"]),
+        factor=number("factor"),
+        low_freq_factor=number("low_freq_factor"),
+        high_freq_factor=number("high_freq_factor"),
+        original_max_seq_len=int(number("original_max_position_embeddings")),
     )
+
+
+def _number(field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"config.json: {field}={value!r}: must be a number")
+    return float(value)
 
 
 def to_hf_config(config: ModelConfig, *, dtype: str, max_seq_len: int) -> dict[str, Any]:
