@@ -122,7 +122,14 @@ def test_resumes_twice_bit_for_bit(
     assert [step for step, _, _ in metrics(whole)] == list(range(STEPS))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["dp", "tp-dp", "pp-dp"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(LAYOUTS[0], id="dp", marks=pytest.mark.slow),
+        pytest.param(LAYOUTS[1], id="tp-dp", marks=pytest.mark.slow),
+        pytest.param(LAYOUTS[2], id="pp-dp"),
+    ],
+)
 def test_sigterm_saves_and_the_next_run_goes_on(
     demo_data: DataConfig, tmp_path: Path, layout: dict[str, int]
 ) -> None:

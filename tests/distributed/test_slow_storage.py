@@ -13,8 +13,8 @@ from tests.checkpointing import LINGER_S, Events, Run, committed_steps, filled, 
 from tests.killing import wait_until
 
 STEPS = range(1, 9)
-SLOW_MB_S = 0.2
-"""Each node's file of 0.4 MB takes 2 seconds."""
+SLOW_MB_S = 0.3
+"""Each node's file of 0.4 MB takes more than a second."""
 
 
 def save_every_step(ranks: Ranks, root: Path, every: int) -> tuple[int, Events]:

@@ -222,6 +222,7 @@ def test_an_outage_while_reading(
     assert len(outage.waits) > 1
 
 
+@pytest.mark.slow
 def test_what_arrived_before_a_long_outage_is_not_sent_again(
     server: Server, link: Link, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,7 +108,30 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+SLOW = {
+    "pp gpipe",
+    "pp zb_h1",
+    "zero 0",
+    "zero 2",
+    "zero 1 hsdp",
+    "recompute pp",
+    "one microbatch",
+    "many microbatches",
+    "tied dp",
+    "tied pp",
+    "v_half tp",
+    "zb_h1 zero 1",
+}
+"""Layouts whose parts are each in another one, and that only `make test-slow` verifies."""
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name, layout in LAYOUTS.items()
+    ],
+)
 def test_layout_equals_one_process(demo_data: DataConfig, layout: dict[str, object]) -> None:
     report = run(demo_data, **layout)  # type: ignore[arg-type]
     assert report.passed, report.table()
@@ -148,9 +171,9 @@ def test_every_schedule_equals_one_process(
     [
         ({"dp_shard": 4}, {"tp": 2, "dp_shard": 2}),
         ({"dp_shard": 4}, {"pp": 2, "dp_shard": 2}),
-        ({"tp": 2, "dp_shard": 2}, {"dp_shard": 4}),
+        pytest.param({"tp": 2, "dp_shard": 2}, {"dp_shard": 4}, marks=pytest.mark.slow),
         ({"tp": 2, "dp_shard": 2}, {"pp": 2, "dp_shard": 2}),
-        ({"pp": 2, "dp_shard": 2}, {"dp_shard": 4}),
+        pytest.param({"pp": 2, "dp_shard": 2}, {"dp_shard": 4}, marks=pytest.mark.slow),
         ({"pp": 2, "dp_shard": 2}, {"tp": 2, "dp_shard": 2}),
     ],
 )
