@@ -7,6 +7,7 @@ import torch
 
 from phalanx.checkpoint.config import SnapshotConfig, StorageConfig
 from phalanx.checkpoint.folders import folder_name
+from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.checkpoint.manifest import NAME
 from phalanx.parallel.ranks import Ranks, process_group
 from tests.checkpointing import LINGER_S, Events, Run, committed_steps, filled, manager_of
@@ -17,19 +18,24 @@ SLOW_MB_S = 0.3
 """Each node's file of 0.4 MB takes more than a second."""
 
 
+def slow_manager(ranks: Ranks, root: Path, every: int, events: Events) -> CheckpointManager:
+    """All checkpoints are kept; `every`: steps between snapshots."""
+    return manager_of(
+        ranks,
+        root,
+        events=events,
+        every=1,
+        keep=0,
+        snapshot=SnapshotConfig(every=every, linger_s=LINGER_S),
+        storage=StorageConfig(limit_mb_s=SLOW_MB_S),
+    )
+
+
 def save_every_step(ranks: Ranks, root: Path, every: int) -> tuple[int, Events]:
     """The step that is resumed, and what was told."""
     with process_group(ranks):
         events: Events = []
-        manager = manager_of(
-            ranks,
-            root,
-            events=events,
-            every=1,
-            keep=0,
-            snapshot=SnapshotConfig(every=every, linger_s=LINGER_S),
-            storage=StorageConfig(limit_mb_s=SLOW_MB_S),
-        )
+        manager = slow_manager(ranks, root, every, events)
         tensors = {f"x{ranks.rank}": torch.zeros(100_000)}
         manager.prepare(tensors)
         for step in STEPS:
@@ -67,14 +73,7 @@ def save_a_step_twice(ranks: Ranks, root: Path, may_skip: bool) -> Events:
     """The snapshot of step 2 stands in memory, step 1 is on its way to storage: save step 2."""
     with process_group(ranks):
         events: Events = []
-        manager = manager_of(
-            ranks,
-            root,
-            events=events,
-            every=1,
-            snapshot=SnapshotConfig(every=1, linger_s=LINGER_S),
-            storage=StorageConfig(limit_mb_s=SLOW_MB_S),
-        )
+        manager = slow_manager(ranks, root, 1, events)
         tensors = {f"x{ranks.rank}": torch.zeros(100_000)}
         for step, durable, skippable in ((1, True, False), (2, False, False), (2, True, may_skip)):
             manager.snapshot(step, lambda: tensors, {}, durable=durable, may_skip=skippable)

@@ -13,10 +13,8 @@ from phalanx.checkpoint.storage import Storage
 from phalanx.checkpoint.tool import ls as ls_module
 from phalanx.checkpoint.tool.memory import InMemory
 from phalanx.checkpoint.tool.report import age, columns, size
-from phalanx.launch.cli import main
 from tests.stored import make, tensors
-
-Captured = pytest.CaptureFixture[str]
+from tests.tool import Captured, run
 
 
 @pytest.fixture(autouse=True)
@@ -30,16 +28,6 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[InMemory]:
 
     monkeypatch.setattr(ls_module, "in_memory", in_memory)
     return found
-
-
-def run(captured: Captured, *argv: str) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    try:
-        code = main(["checkpoint", *argv])
-    except SystemExit as end:
-        code = int(end.code or 0)
-    out, err = captured.readouterr()
-    return code, out, err
 
 
 def as_json(captured: Captured, *argv: str) -> tuple[int, Any]:

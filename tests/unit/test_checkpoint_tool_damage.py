@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from phalanx.launch.cli import main
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.model.hf_weights import parameter_shapes
 from tests.stored import make
+from tests.tool import Captured, cut_off, flip, run
 
-Captured = pytest.CaptureFixture[str]
 MODEL = ModelConfig(vocab_size=32, dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=24)
 STEP, PART = "step_00000010", "part-00001.safetensors"
 
@@ -30,25 +29,6 @@ def checkpoints(tmp_path: Path) -> Path:
     }
     make(tmp_path / "src", 10, arrays, ranks=3, meta={"config": {"model": asdict(MODEL)}})
     return tmp_path / "src"
-
-
-def run(captured: Captured, *argv: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    try:
-        code = main(["checkpoint", *map(str, argv)])
-    except SystemExit as end:
-        code = int(end.code or 0)
-    return code, *captured.readouterr()
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def cut_off(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
 
 
 LAST = "model.head.weight[22:32,0:16]"

@@ -11,10 +11,9 @@ import pytest
 import xxhash
 
 from phalanx.checkpoint.manifest import BACKUP, NAME
-from phalanx.launch.cli import main
 from tests.stored import make, tensors
+from tests.tool import Captured, cut_off, flip, run
 
-Captured = pytest.CaptureFixture[str]
 BAD, PART, PARITY = "step_00000002", "part-00001.safetensors", "parity-00001.bin"
 
 
@@ -24,25 +23,6 @@ def run_folder(tmp_path: Path) -> Path:
     for step in (2, 4):
         make(tmp_path / "q" / "checkpoints", step, tensors(step), ranks=3, nodes=3, parity=1)
     return tmp_path / "q"
-
-
-def run(captured: Captured, *argv: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    try:
-        code = main(["checkpoint", *map(str, argv)])
-    except SystemExit as end:
-        code = int(end.code or 0)
-    return code, *captured.readouterr()
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def cut_off(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
 
 
 def folder(path: Path) -> None:
