@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import torch
 
-from phalanx.launch.machine import cpu_name
 from phalanx.train.config import Config
 
 
@@ -22,9 +21,11 @@ class Request:
     world_size: int
     """Ranks of the configured layout."""
     launch: Callable[..., list[Any]]
-    """phalanx.launch.start.launch."""
+    """phalanx.launch.ranks.start.launch."""
     arguments: list[str]
     """The command line that composes `config` again in a new process."""
+    cpu: str
+    """Name of this machine's processor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +67,16 @@ def compared(
     )
 
 
-def report(figures: list[Figure]) -> dict[str, Any]:
+def report(figures: list[Figure], *, cpu: str) -> dict[str, Any]:
     """Machine and figures as plain values, for --json."""
-    return {"machine": machine(), "figures": [asdict(figure) for figure in figures]}
+    return {"machine": machine(cpu), "figures": [asdict(figure) for figure in figures]}
 
 
-def machine() -> dict[str, Any]:
+def machine(cpu: str) -> dict[str, Any]:
     """What the figures were measured on."""
     gpus = torch.cuda.device_count()
     return {
-        "cpu": cpu_name(),
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name(0) if gpus else None,

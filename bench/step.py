@@ -12,11 +12,12 @@ import psutil
 import torch
 
 from phalanx.bench.figures import Figure, Request, compared
-from phalanx.bench.peer_fsdp2 import PeerLoop
+from phalanx.bench.peers.fsdp2 import PeerLoop
 from phalanx.bench.turns import Side, quiet, take_turns
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import Config
-from phalanx.train.flops import flops_per_token, peak
+from phalanx.train.model.flops import flops_per_token
+from phalanx.train.monitor.peak import peak
 
 PEER = "fsdp2"
 SIDES = ("phalanx", PEER)

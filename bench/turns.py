@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from phalanx.fault.signals import StopRequest
 from phalanx.parallel.ranks import Ranks
-from phalanx.train.build import batch_source
 from phalanx.train.config import Config
 from phalanx.train.data.source import Batch, Prefetcher
+from phalanx.train.engine.build import batch_source
 from phalanx.train.trainer import Trainer
 
 

@@ -6,7 +6,7 @@ first and FSDP second (`_StridedShard`) they differ from the memory's real layou
 uneven, so the cuts are made here in the order in which they were really made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from phalanx.checkpoint.boxes import Box, TensorInfo
+from phalanx.checkpoint.torch_types import name_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,20 @@ class Chunk:
     """Shape of the whole tensor."""
     offsets: torch.Size
     """Where the box begins in the whole."""
+
+    @property
+    def box(self) -> Box:
+        """What of the whole it is."""
+        return Box(tuple(self.offsets), tuple(self.local.shape))
+
+    @property
+    def info(self) -> TensorInfo:
+        """The whole tensor.
+
+        Raises:
+            ValueError: checkpoints hold no tensors of its type.
+        """
+        return TensorInfo(dtype=name_of(self.local.dtype), shape=tuple(self.size))
 
 
 def chunk_of(name: str, tensor: Tensor) -> Chunk | None:
@@ -41,7 +58,7 @@ def chunk_of(name: str, tensor: Tensor) -> Chunk | None:
         return None
     mesh_sizes = tuple(tensor.device_mesh.shape)
     local = tensor.to_local().detach()
-    sizes, offsets = box(
+    sizes, offsets = sizes_and_offsets(
         name, tuple(tensor.shape), tensor.placements, mesh_sizes=mesh_sizes, coordinate=coordinate
     )
     if prod(sizes) == 0 and local.numel() == 0 and tensor.numel() > 0:
@@ -54,13 +71,43 @@ def chunk_of(name: str, tensor: Tensor) -> Chunk | None:
     return Chunk(local=local, size=tensor.size(), offsets=torch.Size(offsets))
 
 
+class Chunks:
+    """Chunks of the tensors that a run saves, by name; where they lie is remembered as long as
+    their form stays: every snapshot asks for the same ones."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[object, torch.Size]] = {}
+        """Form and offsets; no tensor, which would live on here."""
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
+        """This rank's part of every tensor, of those that it holds something of.
+
+        Raises:
+            ValueError: a tensor's placements are not understood.
+        """
+        chunks: dict[str, Chunk] = {}
+        for name, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            cut = (tuple(tensor.placements), tensor.shape) if isinstance(tensor, DTensor) else ()
+            form = (cut, local.shape, local.dtype)
+            known = self._known.get(name)
+            if known is not None and known[0] == form:
+                chunks[name] = Chunk(local=local.detach(), size=tensor.size(), offsets=known[1])
+                continue
+            found = chunk_of(name, tensor)
+            if found is not None:
+                self._known[name] = (form, found.offsets)
+                chunks[name] = found
+        return chunks
+
+
 def plain_chunk(tensor: Tensor) -> Chunk:
     """A whole tensor as one box."""
     whole = tensor.detach()
     return Chunk(local=whole, size=whole.size(), offsets=torch.Size([0] * whole.ndim))
 
 
-def box(
+def sizes_and_offsets(
     name: str,
     shape: Sequence[int],
     placements: Sequence[Placement],

@@ -17,19 +17,21 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from phalanx.checkpoint.boxes import Boxes
+from phalanx.checkpoint.chunks import Chunks
 from phalanx.checkpoint.config import CheckpointConfig
-from phalanx.checkpoint.durable import Saved, write_durable
-from phalanx.checkpoint.epoch import Place
-from phalanx.checkpoint.finding import Finder, Origin
-from phalanx.checkpoint.holder_client import HolderGone
-from phalanx.checkpoint.job import directory_of, job_name, read_job
-from phalanx.checkpoint.monitoring import Monitor
-from phalanx.checkpoint.nodes import PATIENCE, find_node, leaders_of, store_host
-from phalanx.checkpoint.peers import CheckpointError, Peers
-from phalanx.checkpoint.snapshot import Snapshots, StorageBusyError, Taken
-from phalanx.checkpoint.storage import open_storage
-from phalanx.checkpoint.underway import Underway
+from phalanx.checkpoint.errors import CheckpointError, StorageBusyError
+from phalanx.checkpoint.format.job import directory_of, job_name, read_job
+from phalanx.checkpoint.holder.client import HolderGone
+from phalanx.checkpoint.holder.of_node import NodeHolder
+from phalanx.checkpoint.load.finding import Finder, Origin
+from phalanx.checkpoint.nodes.node import PATIENCE, find_node, leaders_of, store_host
+from phalanx.checkpoint.peers import Peers
+from phalanx.checkpoint.snapshot.durable import Saved, write_durable
+from phalanx.checkpoint.snapshot.monitoring import Monitor
+from phalanx.checkpoint.snapshot.request import Taken
+from phalanx.checkpoint.snapshot.snapshots import Snapshots
+from phalanx.checkpoint.snapshot.underway import Underway
+from phalanx.checkpoint.storage.open import open_storage
 from phalanx.parallel.ranks import Ranks
 
 EventSink = Callable[[str, dict[str, Any]], None]
@@ -86,9 +88,9 @@ class CheckpointManager:
         self._log_dir = log_dir
         self._device = ranks.device
         self._copying = copying
-        self._boxes, self._eager_boxes = Boxes(), Boxes()
+        self._chunks, self._eager_chunks = Chunks(), Chunks()
         self._snapshots: Snapshots | None = None
-        self._place: Place | None = None
+        self._place: NodeHolder | None = None
         job = self._peers.agree("look for the run's name", self._read_job)[0]
         if job is not None:
             self._place = self._place_of(job)
@@ -112,7 +114,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: too little host memory, no storage, no holder; says which and how much.
         """
-        self._started().prepare(self._boxes.of(tensors))
+        self._started().prepare(self._chunks.of(tensors))
         self._underway.poll()
 
     def snapshot(
@@ -146,8 +148,8 @@ class CheckpointManager:
         snapshots = self._started()
         taking = snapshots.take(
             step,
-            lambda: self._boxes.of(tensors()),
-            eager=self._eager_boxes.of(eager or {}),
+            lambda: self._chunks.of(tensors()),
+            eager=self._eager_chunks.of(eager or {}),
             meta=_as_json(meta),
             durable=durable,
             may_skip=may_skip,
@@ -273,8 +275,8 @@ class CheckpointManager:
     def _read_job(self) -> str | None:
         return read_job(self._storage) if self._peers.rank == 0 else None
 
-    def _place_of(self, job: str) -> Place:
-        return Place(
+    def _place_of(self, job: str) -> NodeHolder:
+        return NodeHolder(
             config=self._config,
             job=job,
             directory=directory_of(self._storage),

@@ -7,21 +7,10 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from phalanx.checkpoint.errors import CheckpointError
 from phalanx.parallel.deliberate import is_deliberate
 
 T = TypeVar("T")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; raised on every rank, naming the one at fault.
-
-    Args:
-        defect: it was the program: see the traceback of that rank.
-    """
-
-    def __init__(self, text: str, *, defect: bool = False) -> None:
-        super().__init__(text)
-        self.defect = defect
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ TORCH_TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Torch's type by the format's name, for every name of `format.ITEM_BYTES`."""
+"""Torch's type by the format's name, for every name of `boxes.ITEM_BYTES`."""
 
 _NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
 

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from phalanx.launch.failure import BadInput, RankFailed, Stopped
+from phalanx.launch.bad_input import BadInput
 from phalanx.launch.help import explain, overview
-from phalanx.launch.verbs import VERBS
+from phalanx.launch.ranks.failure import RankFailed, Stopped
+from phalanx.launch.verbs.table import VERBS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from phalanx.train.config import Device, LaunchConfig, Launcher
+from phalanx.train.config import Device, LaunchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,21 +104,6 @@ def device_type(config: LaunchConfig, local_world_size: int) -> str:
             f"{local_world_size} ranks run on it; use fewer ranks, or launch.device=cpu"
         )
     return "cpu"
-
-
-def resolve_device(config: LaunchConfig, world_size: int) -> Device:
-    """cpu or cuda for every one of several launches, of which the largest has `world_size` ranks.
-
-    Raises:
-        ValueError: launch.device=cuda without a GPU for each of this machine's ranks.
-    """
-    if config.launcher is not Launcher.ray:
-        return Device(device_type(config, ranks_here(config, world_size)))
-    if config.device is not Device.auto:
-        return config.device
-    from phalanx.launch.ray import cluster_device  # Ray is not always installed
-
-    return Device(cluster_device(config, world_size))
 
 
 def _torch_has_cuda() -> bool:

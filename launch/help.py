@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import phalanx.configs
-from phalanx.launch.failure import BadInput
-from phalanx.launch.keys import Key, all_keys, near, sections_of
+from phalanx.launch.bad_input import BadInput
+from phalanx.launch.config.keys import Key, all_keys, near, sections_of
 
 if TYPE_CHECKING:
-    from phalanx.launch.verbs import Verb
+    from phalanx.launch.verbs.table import Verb
 
 WIDTH = 96
 HYDRA_OPTIONS = (

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-from phalanx.parallel.checkpointing import checkpointed
 from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
 from phalanx.parallel.mesh import Mesh
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore, defer_weight_gradients
 from phalanx.parallel.plan import ModelPlan
+from phalanx.parallel.recompute import checkpointed
 from phalanx.parallel.zero.shard import Sharder, Sharding
 
 

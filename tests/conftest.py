@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from phalanx.launch.start import launch
+from phalanx.launch.ranks.start import launch
 from phalanx.train.config import Device, LaunchConfig
 from phalanx.train.data.config import DataConfig, TextSource
 
@@ -59,8 +59,8 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
     """Where a run saves; its holders end with the test."""
-    from tests.checkpointing import holder_pids
-    from tests.killing import end_all
+    from tests.checkpoint.ranks import holder_pids
+    from tests.killed_run import end_all
 
     folder = tmp_path / "checkpoints"
     yield folder

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from phalanx.checkpoint.manifest import Manifest
-from phalanx.checkpoint.tool.metered import Metered
-from phalanx.checkpoint.tool.plan import Cutting
+from phalanx.checkpoint.format.manifest import Manifest
+from phalanx.checkpoint.storage.metered import Metered
 from phalanx.checkpoint.tool.reading import tensors_of
-from phalanx.launch import checkpoint_verb
+from phalanx.checkpoint.tool.restore.plan import Cutting
 from phalanx.launch.cli import main
+from phalanx.launch.verbs.checkpoint import verb
 from tests.stored import cut
 
 
@@ -53,7 +53,7 @@ def cut_by_columns(ranks: int) -> None:
             text=str(wanted), tables=tuple(cut(shapes, ranks, dim=1)), layout={"tp": ranks}
         )
 
-    checkpoint_verb._cut_for = cut_for
+    verb._cut_for = cut_for
 
 
 KINDS = {"F32": "f4", "F64": "f8", "U8": "u1", "BF16": "u2", "I64": "i8"}

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from phalanx.checkpoint.config import SnapshotConfig
-from phalanx.checkpoint.holder_client import HolderClient
-from phalanx.checkpoint.job import read_job
+from phalanx.checkpoint.format.job import read_job
+from phalanx.checkpoint.holder.client import HolderClient
 from phalanx.checkpoint.manager import CheckpointManager
-from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.storage.open import open_storage
 from phalanx.parallel.ranks import Ranks
-from tests.checkpointing import Events, manager_of
+from tests.checkpoint.ranks import Events, manager_of
 
 PARITY = {1: "xor", 2: "rs(2)"}
 

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phalanx.parallel.zero.config import Quantization
-from phalanx.parallel.zero.slices import BlockFormat
+from phalanx.parallel.kernels.block_format import BlockFormat, Quantization
 
 LARGEST = {Quantization.int8: 127, Quantization.int4: 7, Quantization.fp8: 448}
 

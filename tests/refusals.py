@@ -30,7 +30,7 @@ PIPELINE_MODULES = ["parallel.pipeline.config"]
 ZERO_MODULES = ["parallel.zero.config"]
 """By test_config_zero.py."""
 
-CHECKPOINT_MODULES = ["checkpoint.config"]
+CHECKPOINT_MODULES = ["checkpoint.config", "checkpoint.storage.config"]
 """By test_config_checkpoint.py."""
 
 NAN, INF = float("nan"), float("inf")

@@ -9,9 +9,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from phalanx.checkpoint.boxes import Box, TensorInfo, whole
 from phalanx.checkpoint.chunks import Chunk
-from phalanx.checkpoint.format import Box, PartTable, TensorInfo, lay_out, whole
-from phalanx.checkpoint.manifest import BrokenCheckpointError
+from phalanx.checkpoint.errors import BrokenCheckpointError
+from phalanx.checkpoint.format.table import PartTable, lay_out
 from phalanx.checkpoint.torch_types import TORCH_TYPES, byte_view, name_of
 
 Run = Callable[..., list[Any]]

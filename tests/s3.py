@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from threading import Event, Lock, Thread
 
-from phalanx.checkpoint.config import StorageConfig
-from phalanx.checkpoint.storage import Storage, open_storage
+from phalanx.checkpoint.storage.base import Storage
+from phalanx.checkpoint.storage.config import StorageConfig
+from phalanx.checkpoint.storage.open import open_storage
 
 BUCKET = "models"
 SERVER = """

@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from phalanx.checkpoint.config import StorageConfig
-from phalanx.checkpoint.erasure import Codec
-from phalanx.checkpoint.folders import folder_name, prepare_folder
-from phalanx.checkpoint.format import Box, Entry, PartTable, TensorInfo, lay_out, whole
-from phalanx.checkpoint.manifest import Manifest, StoredParity, new_manifest, write_manifest
-from phalanx.checkpoint.part_file import write_part
-from phalanx.checkpoint.placement import Stripes
-from phalanx.checkpoint.storage import Storage, open_storage
+from phalanx.checkpoint.boxes import Box, TensorInfo, whole
+from phalanx.checkpoint.erasure.codec import Codec
+from phalanx.checkpoint.erasure.stripes import Stripes
+from phalanx.checkpoint.format.folders import folder_name, prepare_folder
+from phalanx.checkpoint.format.manifest import Manifest, new_manifest, write_manifest
+from phalanx.checkpoint.format.part_file import write_part
+from phalanx.checkpoint.format.stored import StoredParity
+from phalanx.checkpoint.format.table import Entry, PartTable, lay_out
+from phalanx.checkpoint.storage.base import Storage
+from phalanx.checkpoint.storage.config import StorageConfig
+from phalanx.checkpoint.storage.open import open_storage
 
 Arrays = Mapping[str, np.ndarray]
 KINDS = {"float32": "F32", "float64": "F64", "uint8": "U8", "uint16": "BF16", "int64": "I64"}

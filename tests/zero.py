@@ -13,8 +13,8 @@ from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.config import PartitionConfig, ZeroConfig
 from phalanx.parallel.zero.partition import Partition
 from phalanx.train.config import Config
-from phalanx.train.step import Engine
-from tests.small import make_batch, make_config, rank_batch, reference_loss, reference_model
+from phalanx.train.engine.step import Engine
+from tests.small_run import make_batch, make_config, rank_batch, reference_loss, reference_model
 
 LR = 1e-2
 EPS = 1e-3

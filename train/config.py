@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from phalanx.checkpoint.config import CheckpointConfig
-from phalanx.checkpoint.placement import make_groups
+from phalanx.checkpoint.nodes.groups import make_groups
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.parallel.zero.config import ZeroConfig
@@ -40,7 +40,7 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
-class Injection(Enum):
+class Defect(Enum):
     """A defect that `phalanx verify` plants, to show that it would be found."""
 
     none = "none"
@@ -231,7 +231,7 @@ class VerifyConfig:
     resume_in: dict[str, int] = field(default_factory=dict)
     """Parallel degrees of the layout that the saved run is resumed in, as {tp: 2, dp_shard: 2};
     empty = one process."""
-    inject: Injection = Injection.none
+    inject: Defect = Defect.none
     """Plant a defect in the layout's run; verify must then fail and name it."""
 
     def __post_init__(self) -> None:

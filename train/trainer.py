@@ -11,29 +11,29 @@ from typing import Any
 
 from torch import Tensor
 
+from phalanx.checkpoint.errors import CheckpointError
 from phalanx.checkpoint.manager import CheckpointManager
-from phalanx.checkpoint.peers import CheckpointError
 from phalanx.fault.events import EventLog
 from phalanx.fault.signals import StopRequest
 from phalanx.parallel.comm_timer import CommTimer
 from phalanx.parallel.mesh import build_mesh
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.tensor.traffic import TensorTraffic
-from phalanx.train.build import batch_source
 from phalanx.train.config import Config
 from phalanx.train.data.source import Batch, BatchSource, Prefetcher
 from phalanx.train.data.tokenizer import load_tokenizer
-from phalanx.train.flops import flops_per_token
-from phalanx.train.go_on import go_on
-from phalanx.train.loss import world_sums
-from phalanx.train.metrics import StepRecord, StepTimer
+from phalanx.train.engine.build import batch_source
+from phalanx.train.engine.loss import world_sums
+from phalanx.train.engine.step import Engine
+from phalanx.train.model.flops import flops_per_token
+from phalanx.train.monitor.metrics import StepRecord, StepTimer
+from phalanx.train.monitor.pipeline_watch import PipelineWatch
+from phalanx.train.monitor.profile import ProfileWindow
+from phalanx.train.monitor.report import RunReport
+from phalanx.train.monitor.sample import generate
 from phalanx.train.optim.schedule import learning_rate
-from phalanx.train.pipeline_watch import PipelineWatch
-from phalanx.train.profile import ProfileWindow
-from phalanx.train.report import RunReport
-from phalanx.train.sample import generate
-from phalanx.train.state import describe, progress, random_states
-from phalanx.train.step import Engine
+from phalanx.train.resume.go_on import go_on
+from phalanx.train.resume.state import describe, progress, random_states
 
 
 def train(ranks: Ranks, config: Config) -> dict[str, Any]:

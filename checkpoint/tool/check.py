@@ -9,16 +9,17 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from phalanx.checkpoint.checksums import check_files
-from phalanx.checkpoint.coverage import uncovered
-from phalanx.checkpoint.manifest import BACKUP, BrokenCheckpointError, Manifest, read_manifest
-from phalanx.checkpoint.manifest import NAME as MANIFEST
-from phalanx.checkpoint.storage import REMOVE, NotAFileError, Storage
-from phalanx.checkpoint.tool.metered import Metered
+from phalanx.checkpoint.errors import BrokenCheckpointError
+from phalanx.checkpoint.format.checksums import check_files
+from phalanx.checkpoint.format.coverage import uncovered
+from phalanx.checkpoint.format.manifest import BACKUP, Manifest, read_manifest
+from phalanx.checkpoint.format.manifest import NAME as MANIFEST
+from phalanx.checkpoint.storage.base import REMOVE, NotAFileError, Storage
+from phalanx.checkpoint.storage.metered import Metered
 from phalanx.checkpoint.tool.places import Place, step_of
 from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.reading import Reader
-from phalanx.checkpoint.tool.repair import MENDED, Checked, find_ways, mend
+from phalanx.checkpoint.tool.repair.repair import MENDED, Checked, find_ways, mend
 from phalanx.checkpoint.tool.report import Report, plural, size
 from phalanx.checkpoint.tool.state import BROKEN, COMPLETE, NO_FOLDER, RESTORING, UNFINISHED, look
 

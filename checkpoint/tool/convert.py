@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from phalanx.checkpoint.dcp import from_dcp, to_dcp
-from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.dcp.convert import from_dcp, to_dcp
+from phalanx.checkpoint.storage.base import Storage
 from phalanx.checkpoint.tool.places import Place
 from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.report import Report, plural, size

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.checkpoint.format import ITEM_BYTES, TensorInfo, whole
-from phalanx.checkpoint.manifest import Manifest
+from phalanx.checkpoint.boxes import ITEM_BYTES, TensorInfo, whole
+from phalanx.checkpoint.format.manifest import Manifest
 from phalanx.checkpoint.tool.places import Place
 from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.reading import Array, Reader, tensors_of

@@ -5,7 +5,7 @@ anew, and, where asked, all but the newest. A folder without a manifest above th
 step may be a save that runs right now, and a restore can go on: both stay.
 """
 
-from phalanx.checkpoint.folders import remove_folder
+from phalanx.checkpoint.format.folders import remove_folder
 from phalanx.checkpoint.tool.places import Place
 from phalanx.checkpoint.tool.report import Report, columns, plural
 from phalanx.checkpoint.tool.state import BROKEN, COMPLETE, RESTORING, Listed, look

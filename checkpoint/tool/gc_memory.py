@@ -7,13 +7,8 @@ answer: nobody knows.
 
 from dataclasses import dataclass
 
-from phalanx.checkpoint.holder_client import (
-    HolderClient,
-    HolderError,
-    HolderGone,
-    HolderSilent,
-)
-from phalanx.checkpoint.tool.memory import PATIENCE_S, Asked, Holder, holders
+from phalanx.checkpoint.holder.client import HolderClient, HolderError, HolderGone, HolderSilent
+from phalanx.checkpoint.tool.holders import PATIENCE_S, Asked, Holder, holders
 from phalanx.checkpoint.tool.places import Place
 from phalanx.checkpoint.tool.report import Report, columns, plural, size
 

@@ -3,7 +3,7 @@
 Of files only the sizes are looked at; contents are `verify`'s.
 """
 
-from phalanx.checkpoint.tool.memory import InMemory, in_memory
+from phalanx.checkpoint.tool.holders import InMemory, in_memory
 from phalanx.checkpoint.tool.places import Place
 from phalanx.checkpoint.tool.report import (
     Report,

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
-from phalanx.checkpoint.config import StorageConfig
-from phalanx.checkpoint.folders import PATTERN, complete_folders, step_folders
-from phalanx.checkpoint.job import NAME as JOB
-from phalanx.checkpoint.manifest import NAME as MANIFEST
-from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest, read_manifest
-from phalanx.checkpoint.storage import Storage, open_storage
+from phalanx.checkpoint.errors import BrokenCheckpointError
+from phalanx.checkpoint.format.folders import PATTERN, complete_folders, step_folders
+from phalanx.checkpoint.format.job import NAME as JOB
+from phalanx.checkpoint.format.manifest import NAME as MANIFEST
+from phalanx.checkpoint.format.manifest import Manifest, read_manifest
+from phalanx.checkpoint.storage.base import Storage
+from phalanx.checkpoint.storage.config import StorageConfig
+from phalanx.checkpoint.storage.open import open_storage
 
 INSIDE_RUN = "checkpoints"
 """Where a run's folder has its checkpoints."""

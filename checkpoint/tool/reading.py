@@ -10,9 +10,12 @@ from math import prod
 import numpy as np
 import xxhash
 
-from phalanx.checkpoint.format import ITEM_BYTES, Box, Entry, TensorInfo
-from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest, StoredPart
-from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.boxes import ITEM_BYTES, Box, TensorInfo
+from phalanx.checkpoint.errors import BrokenCheckpointError
+from phalanx.checkpoint.format.manifest import Manifest
+from phalanx.checkpoint.format.stored import StoredPart
+from phalanx.checkpoint.format.table import Entry
+from phalanx.checkpoint.storage.base import Storage
 
 Array = np.ndarray
 

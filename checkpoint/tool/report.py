@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from phalanx.checkpoint.manifest import Manifest
+from phalanx.checkpoint.format.manifest import Manifest
 
 _UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 

@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-from phalanx.checkpoint.format import ITEM_BYTES, Box, Entry
-from phalanx.checkpoint.manifest import Manifest, StoredPart
+from phalanx.checkpoint.boxes import ITEM_BYTES, Box
+from phalanx.checkpoint.format.manifest import Manifest
+from phalanx.checkpoint.format.stored import StoredPart
+from phalanx.checkpoint.format.table import Entry
 from phalanx.checkpoint.tool.places import Place
 from phalanx.checkpoint.tool.report import (
     Report,

@@ -5,13 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from phalanx.checkpoint.folders import stands_by_backup
-from phalanx.checkpoint.manifest import NAME as MANIFEST
-from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest, read_manifest
-from phalanx.checkpoint.storage import REMOVE, NotAFileError, Storage
-from phalanx.checkpoint.stored import StoredFile
-from phalanx.checkpoint.tool.journal import NAME as JOURNAL
+from phalanx.checkpoint.errors import BrokenCheckpointError
+from phalanx.checkpoint.format.folders import stands_by_backup
+from phalanx.checkpoint.format.manifest import NAME as MANIFEST
+from phalanx.checkpoint.format.manifest import Manifest, read_manifest
+from phalanx.checkpoint.format.stored import StoredFile
+from phalanx.checkpoint.storage.base import REMOVE, NotAFileError, Storage
 from phalanx.checkpoint.tool.places import step_of
+from phalanx.checkpoint.tool.restore.journal import NAME as JOURNAL
 
 THREADS = 16
 NO_FOLDER = f"is a file, not a folder; {REMOVE}"

@@ -1,319 +1,124 @@
-"""Block quantization on a GPU: one pass over memory for each of the three functions.
+"""Blocks of floats as 8 or 4 bits and a scale: what weights and gradients travel in (ZeRO++).
 
-Writes the bytes that `parallel.zero.quantize_torch` writes, by the arithmetic of
-`parallel.zero.quantize`: multiplications and additions are not fused (Triton would), divisions are
-rounded as IEEE 754 says, and fp8 is made of its bits, which needs no GPU that knows it. A program
-takes some blocks of one row; blocks of any size, in tiles of powers of two with the rest masked.
+A block is a number of neighbours in a row that share one fp32 scale (Wang et al., 2023, "ZeRO++",
+section 3.1: quantizing in blocks). Quantization is symmetric, and rounds half to even. One
+arithmetic everywhere, in fp32, so that a CPU and a GPU write the same bytes:
+
+    scale = max(first_17_bits(absmax / largest code), 2^-120)        code = round(x * (1 / scale))
+
+A scale of 17 bits makes code * scale exact, as codes have 7 at most. So a multiplication and an
+addition in one instruction round as two do, what was rounded away is an exact difference, and
+quantizing what was dequantized gives the same bytes again. Rounding a scale down also keeps
+code * scale finite. The 2^-120 keep denormals from a division by zero.
+
+A value comes back with an error of at most scale / 2 for int8 and int4, and for fp8 of at most
+|x| / 16, or scale / 1024 where that is more.
+
+Wire: a row's codes, then its scales, each filled up with zeros to 16 bytes. int4 puts elements i
+and i + block / 2 of a block into byte i of it, as 16 * second + first in a signed byte.
 """
 
-# Triton compiles annotations too, and knows none but its own.
-# mypy: disable-error-code="no-untyped-def"
-
-from typing import Any
+from types import ModuleType
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from phalanx.parallel.zero.config import Quantization
-from phalanx.parallel.zero.quantize import LARGEST, LEAST_SCALE, SCALE_BITS
-from phalanx.parallel.zero.slices import BlockFormat
-
-INT4, FP8 = tl.constexpr(Quantization.int4.value), tl.constexpr(Quantization.fp8.value)
-LEAST, FIRST_BITS = tl.constexpr(LEAST_SCALE), tl.constexpr(SCALE_BITS)
-INF, NAN = tl.constexpr(float("inf")), tl.constexpr(float("nan"))
-ROUNDER, ROUNDER_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
-"""1.5 * 2^23: an fp32 added to it has its whole part, rounded half to even, in the last bits."""
-FP8_ROUNDER, FP8_ROUNDER_BITS = tl.constexpr(16384.0), tl.constexpr(0x46800000)
-"""2^14: the same in steps of 2^-9, those of fp8 under 2^-6."""
-
-TILE = 1024
-"""Bytes of codes that a program makes or reads, or one block's."""
+from phalanx.parallel.kernels.block_format import BlockFormat
 
 
-def quantize(
-    values: Tensor, codes: Tensor, scales: Tensor, fmt: BlockFormat, residual: Tensor | None
-) -> None:
-    """As `quantize.quantize`, with a wire's codes (K, bytes) and scales (K, blocks) apart."""
-    rows, num_blocks = scales.shape
-    left = values if residual is None else residual
-    grid, shape = _grid(num_blocks, rows, fmt)
-    with torch.cuda.device_of(values):
-        _quantize[grid](
-            values,
-            left,
-            codes,
-            scales,
-            num_blocks,
-            values.stride(0),
-            left.stride(0),
-            codes.stride(0),
-            scales.stride(0),
-            LARGEST=LARGEST[fmt.kind],
-            FEEDBACK=residual is not None,
-            **shape,
+@torch.no_grad()
+def quantize(values: Tensor, out: Tensor, fmt: BlockFormat, residual: Tensor | None = None) -> None:
+    """Write rows of floats as codes and scales.
+
+    A block with a NaN or an infinity (also one that fp32 cannot hold) becomes NaN as a whole.
+
+    Args:
+        values: (K, N), any float format, N a multiple of fmt.block; rows may lie apart.
+        out: uint8 (K, fmt.row_bytes(N)), rows at multiples of 4 bytes.
+        residual: (K, N), any float format: is added to the values before, and holds afterwards
+            what rounding took from the sum, which is 0 in blocks that became NaN (error feedback;
+            Seide et al., 2014, "1-Bit Stochastic Gradient Descent"). With v the fp32 sum of values
+            and residual, `v == dequantized + residual` afterwards up to one unit in v's last place.
+
+    Raises:
+        ValueError: shapes or formats do not fit each other.
+    """
+    rows, numel = _check("values", values, out, fmt)
+    if residual is not None:
+        if residual.shape != values.shape:
+            raise ValueError(f"residual: is {tuple(residual.shape)}, values {(rows, numel)}")
+        _check("residual", residual, out, fmt)
+    if values.numel() == 0:
+        return
+    out[:, fmt.code_bytes(numel) : fmt.scales_at(numel)].zero_()
+    out[:, fmt.scales_at(numel) + 4 * (numel // fmt.block) :].zero_()
+    _backend(values).quantize(values, *split(out, numel, fmt), fmt, residual)
+
+
+@torch.no_grad()
+def dequantize(wire: Tensor, out: Tensor, fmt: BlockFormat) -> None:
+    """Read rows of codes and scales: uint8 (K, fmt.row_bytes(N)) -> (K, N), any float format.
+
+    Products are exact in fp32, and rounded where `out` has fewer bits.
+
+    Raises:
+        ValueError: shapes or formats do not fit each other.
+    """
+    _, numel = _check("out", out, wire, fmt)
+    if out.numel():
+        _backend(out).dequantize(*split(wire, numel, fmt), out, fmt)
+
+
+@torch.no_grad()
+def dequantize_sum(wire: Tensor, out: Tensor, fmt: BlockFormat, *, add: bool = False) -> None:
+    """Read rows of codes and scales and add them up: uint8 (K, fmt.row_bytes(N)) -> (N,).
+
+    Adds row after row, from the first on; in out's format, in fp32 where that has fewer bits than
+    fp32. `add`: on top of what `out` holds.
+
+    Raises:
+        ValueError: shapes or formats do not fit each other, or there is no row.
+    """
+    if out.dim() != 1 or wire.dim() != 2 or wire.shape[0] == 0:
+        raise ValueError(f"sums need (K, W) -> (N,); are {tuple(wire.shape)}, {tuple(out.shape)}")
+    _, numel = _check("out", out.expand(wire.shape[0], -1), wire, fmt)
+    if out.numel():
+        _backend(out).dequantize_sum(*split(wire, numel, fmt), out, fmt, add)
+
+
+def split(wire: Tensor, numel: int, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
+    """Codes int8 (K, fmt.code_bytes(numel)) and scales fp32 (K, blocks), views of a wire."""
+    at, blocks = fmt.scales_at(numel), numel // fmt.block
+    codes = wire[:, : fmt.code_bytes(numel)].view(torch.int8)
+    return codes, wire[:, at : at + 4 * blocks].view(torch.float32)
+
+
+def _check(name: str, floats: Tensor, wire: Tensor, fmt: BlockFormat) -> tuple[int, int]:
+    """Rows and elements of a row."""
+    if floats.dim() != 2 or not floats.is_floating_point():
+        raise ValueError(f"{name}: needs floats (K, N); is {floats.dtype} {tuple(floats.shape)}")
+    rows, numel = floats.shape
+    wanted = (rows, fmt.row_bytes(numel))
+    if wire.dtype is not torch.uint8 or tuple(wire.shape) != wanted:
+        raise ValueError(
+            f"wire of {name} {(rows, numel)}: needs torch.uint8 {wanted}; is {wire.dtype} "
+            f"{tuple(wire.shape)}"
         )
+    if numel and (floats.stride(1) != 1 or wire.stride(1) != 1):
+        raise ValueError(f"{name}, wire: elements of a row have to be neighbours")
+    if numel and (wire.storage_offset() % 4 or (rows > 1 and wire.stride(0) % 4)):
+        raise ValueError(f"wire of {name}: rows have to lie at multiples of 4 bytes")
+    if floats.device != wire.device:
+        raise ValueError(f"{name} on {floats.device}, wire on {wire.device}: need one device")
+    return rows, numel
 
 
-def dequantize(codes: Tensor, scales: Tensor, out: Tensor, fmt: BlockFormat) -> None:
-    """As `quantize.dequantize`, with a wire's codes (K, bytes) and scales (K, blocks) apart."""
-    rows, num_blocks = scales.shape
-    grid, shape = _grid(num_blocks, rows, fmt)
-    with torch.cuda.device_of(out):
-        _dequantize[grid](
-            codes,
-            scales,
-            out,
-            num_blocks,
-            codes.stride(0),
-            scales.stride(0),
-            out.stride(0),
-            **shape,
-        )
+def _backend(tensor: Tensor) -> ModuleType:
+    """Triton is imported where there is a GPU, and nowhere else."""
+    if tensor.is_cuda:
+        from phalanx.parallel.kernels import quantize_triton as kernels
 
+        return kernels
+    from phalanx.parallel.kernels import quantize_torch
 
-def dequantize_sum(codes: Tensor, scales: Tensor, out: Tensor, fmt: BlockFormat, add: bool) -> None:
-    """As `quantize.dequantize_sum`, with a wire's codes (K, bytes) and scales (K, blocks) apart."""
-    rows, num_blocks = scales.shape
-    grid, shape = _grid(num_blocks, 1, fmt)
-    with torch.cuda.device_of(out):
-        _dequantize_sum[grid](
-            codes,
-            scales,
-            out,
-            rows,
-            num_blocks,
-            codes.stride(0),
-            scales.stride(0),
-            ADD=add,
-            **shape,
-        )
-
-
-def _grid(num_blocks: int, rows: int, fmt: BlockFormat) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Programs by blocks and rows, and what the kernels have in common."""
-    columns = triton.next_power_of_2(fmt.code_bytes(fmt.block))
-    blocks_at_once = max(TILE // columns, 1)
-    shape = {
-        "KIND": fmt.kind.value,
-        "BLOCK": fmt.block,
-        "BYTES": fmt.code_bytes(fmt.block),
-        "BLOCKS": blocks_at_once,
-        "COLUMNS": columns,
-        "num_warps": min(max(columns // 512, 4), 16),
-        "enable_fp_fusion": False,
-    }
-    return (triton.cdiv(num_blocks, blocks_at_once), rows), shape
-
-
-@triton.jit
-def _quantize(
-    values,
-    left,
-    codes,
-    scales,
-    num_blocks,
-    values_row,
-    left_row,
-    codes_row,
-    scales_row,
-    LARGEST: tl.constexpr,
-    FEEDBACK: tl.constexpr,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BYTES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    block, column, there = _tile(num_blocks, BYTES, BLOCKS, COLUMNS)
-    row = tl.program_id(1).to(tl.int64)
-    at = block[:, None] * BLOCK + column[None, :]
-    values += row * values_row
-    left += row * left_row
-    x = _load(values + at, left + at, there, FEEDBACK)
-    largest, is_bad = _largest(x)
-    second = x
-    if KIND == INT4:
-        second = _load(values + at + BYTES, left + at + BYTES, there, FEEDBACK)
-        largest_second, is_bad_second = _largest(second)
-        largest = tl.maximum(largest, largest_second)
-        is_bad = tl.maximum(is_bad, is_bad_second)
-
-    scale = tl.div_rn(largest, LARGEST)
-    scale = (scale.to(tl.int32, bitcast=True) & FIRST_BITS).to(tl.float32, bitcast=True)
-    scale = tl.maximum(scale, LEAST)
-    inverse = tl.div_rn(1.0, scale)[:, None]
-    scale = tl.where(is_bad > 0, NAN, scale)
-    tl.store(scales + row * scales_row + block, scale, mask=block < num_blocks)
-
-    code = _to_fp8(x * inverse) if KIND == FP8 else _round(x * inverse)
-    byte = code
-    if KIND == INT4:
-        code_second = _round(second * inverse)
-        byte = code + 16 * code_second
-        if FEEDBACK:
-            value = code_second.to(tl.float32)
-            _store_rounded_away(left + at + BYTES, second, value, scale, there)
-    tl.store(codes + row * codes_row + block[:, None] * BYTES + column, byte.to(tl.int8), there)
-    if FEEDBACK:
-        _store_rounded_away(left + at, x, _value(code, KIND), scale, there)
-
-
-@triton.jit
-def _dequantize(
-    codes,
-    scales,
-    out,
-    num_blocks,
-    codes_row,
-    scales_row,
-    out_row,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BYTES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    block, column, there = _tile(num_blocks, BYTES, BLOCKS, COLUMNS)
-    row = tl.program_id(1).to(tl.int64)
-    byte, scale = _read(
-        codes + row * codes_row, scales + row * scales_row, block, column, there, BYTES, num_blocks
-    )
-    out += row * out_row + block[:, None] * BLOCK + column[None, :]
-    tl.store(out, (_first(byte, KIND) * scale).to(out.dtype.element_ty), there)
-    if KIND == INT4:
-        tl.store(out + BYTES, (_second(byte) * scale).to(out.dtype.element_ty), there)
-
-
-@triton.jit
-def _dequantize_sum(
-    codes,
-    scales,
-    out,
-    num_rows,
-    num_blocks,
-    codes_row,
-    scales_row,
-    ADD: tl.constexpr,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BYTES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    block, column, there = _tile(num_blocks, BYTES, BLOCKS, COLUMNS)
-    out += block[:, None] * BLOCK + column[None, :]
-    WIDE: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
-    byte, scale = _read(codes, scales, block, column, there, BYTES, num_blocks)
-    total = (_first(byte, KIND) * scale).to(WIDE)
-    total_second = total
-    if KIND == INT4:
-        total_second = (_second(byte) * scale).to(WIDE)
-    if ADD:
-        total = tl.load(out, there, other=0.0).to(WIDE) + total
-        if KIND == INT4:
-            total_second = tl.load(out + BYTES, there, other=0.0).to(WIDE) + total_second
-    for _ in range(1, num_rows):
-        codes += codes_row
-        scales += scales_row
-        byte, scale = _read(codes, scales, block, column, there, BYTES, num_blocks)
-        total += (_first(byte, KIND) * scale).to(WIDE)
-        if KIND == INT4:
-            total_second += (_second(byte) * scale).to(WIDE)
-    tl.store(out, total.to(out.dtype.element_ty), there)
-    if KIND == INT4:
-        tl.store(out + BYTES, total_second.to(out.dtype.element_ty), there)
-
-
-@triton.jit
-def _tile(num_blocks, BYTES: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Blocks and columns of codes of this program, and which of them there are."""
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    column = tl.arange(0, COLUMNS)
-    return block, column, (block < num_blocks)[:, None] & (column < BYTES)[None, :]
-
-
-@triton.jit
-def _load(values, left, there, FEEDBACK: tl.constexpr):
-    x = tl.load(values, there, other=0.0).to(tl.float32)
-    if FEEDBACK:
-        x += tl.load(left, there, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _largest(x):
-    """Largest finite magnitude of each block, and 1 for one that holds anything else."""
-    magnitude = tl.abs(x)
-    is_finite = magnitude < INF
-    bad = tl.where(is_finite, 0, 1)
-    return tl.max(tl.where(is_finite, magnitude, 0.0), 1), tl.max(bad, 1)
-
-
-@triton.jit
-def _round(x):
-    """To the nearest int32, half to even; for magnitudes under 2^22."""
-    return (x + ROUNDER).to(tl.int32, bitcast=True) - ROUNDER_BITS
-
-
-@triton.jit
-def _to_fp8(x):
-    """Bits of the nearest e4m3, half to even, in the low 8 of int32; for magnitudes to 448."""
-    magnitude = tl.abs(x)
-    bits = magnitude.to(tl.int32, bitcast=True)
-    large = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    small = (magnitude + FP8_ROUNDER).to(tl.int32, bitcast=True) - FP8_ROUNDER_BITS
-    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-    return tl.where(magnitude < 0.015625, small, large) | sign
-
-
-@triton.jit
-def _value(code, KIND: tl.constexpr):
-    """Fp32 of a code in int32: a number, or the bits of an e4m3."""
-    if KIND == FP8:
-        bits = code & 0x7F
-        large = ((bits << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-        magnitude = tl.where(bits < 8, bits.to(tl.float32) * 0.001953125, large)
-        sign = (code & 0x80) << 24
-        value = (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    else:
-        value = code.to(tl.float32)
-    return value
-
-
-@triton.jit
-def _store_rounded_away(left, x, value, scale, there):
-    rest = x - value * scale[:, None]
-    rest = tl.where((scale == scale)[:, None], rest, 0.0)
-    tl.store(left, rest.to(left.dtype.element_ty), there)
-
-
-@triton.jit
-def _read(
-    codes,
-    scales,
-    block,
-    column,
-    there,
-    BYTES: tl.constexpr,
-    num_blocks,
-):
-    """Bytes of codes as int32 (blocks, columns), and scales (blocks, 1)."""
-    byte = tl.load(codes + block[:, None] * BYTES + column[None, :], there, other=0)
-    scale = tl.load(scales + block, block < num_blocks, other=0.0)
-    return byte.to(tl.int32), scale[:, None]
-
-
-@triton.jit
-def _first(byte, KIND: tl.constexpr):
-    """Value of a byte, or of the first number in it."""
-    if KIND == INT4:
-        byte -= ((byte + 8) >> 4) * 16
-    return _value(byte, KIND)
-
-
-@triton.jit
-def _second(byte):
-    """Value of the second number in a byte of int4."""
-    return ((byte + 8) >> 4).to(tl.float32)
+    return quantize_torch

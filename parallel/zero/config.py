@@ -3,16 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from phalanx.parallel.kernels.block_format import Quantization
 from phalanx.parallel.zero.partition import STAGES, Extent, Partition
-
-
-class Quantization(Enum):
-    """Number formats that values travel in, in blocks that share a scale."""
-
-    none = "none"
-    int8 = "int8"
-    int4 = "int4"
-    fp8 = "fp8"
 
 
 class Offload(Enum):

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from math import prod
 
 from phalanx.parallel.comm_meter import CommMeter, Traffic
-from phalanx.parallel.zero.config import Offload, Quantization, ZeroConfig
+from phalanx.parallel.kernels.block_format import Quantization
+from phalanx.parallel.zero.config import Offload, ZeroConfig
 from phalanx.parallel.zero.partition import Extent
 from phalanx.parallel.zero.places import Place
 from phalanx.parallel.zero.slices import Slices, block_format, wire_bytes

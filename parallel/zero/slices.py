@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm, prod
 
-from phalanx.parallel.zero.config import Quantization, ZeroConfig
-
-ALIGNMENT = 16
-"""Elements that regions of a slice are filled up to, and bytes that codes and scales are."""
+from phalanx.parallel.kernels.block_format import ALIGNMENT, BlockFormat, Quantization, up
+from phalanx.parallel.zero.config import ZeroConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,40 +64,6 @@ class Slices:
         """Elements of a slice, padding counted."""
 
 
-@dataclass(frozen=True)
-class BlockFormat:
-    """Number format of codes, and how many of them share a scale."""
-
-    kind: Quantization
-    """int8, int4 or fp8."""
-    block: int
-    """Elements; even for int4."""
-
-    def __post_init__(self) -> None:
-        if self.kind is Quantization.none:
-            raise ValueError("kind=none: choose one of int8, int4, fp8")
-        if self.block < 1 or (self.kind is Quantization.int4 and self.block % 2):
-            raise ValueError(f"block={self.block}: needs a positive number, for int4 an even one")
-
-    def code_bytes(self, numel: int) -> int:
-        """Bytes of the codes of `numel` elements, before they are filled up."""
-        return numel // 2 if self.kind is Quantization.int4 else numel
-
-    def scales_at(self, numel: int) -> int:
-        """Byte of a row of `numel` elements at which its scales begin."""
-        return up(self.code_bytes(numel), ALIGNMENT)
-
-    def wire_bytes(self, numel: int) -> int:
-        """Bytes of a row of `numel` elements.
-
-        Raises:
-            ValueError: `numel` is no multiple of `block`.
-        """
-        if numel % self.block:
-            raise ValueError(f"{numel} elements: no multiple of block={self.block}")
-        return self.scales_at(numel) + up(4 * (numel // self.block), ALIGNMENT)
-
-
 def block_format(kind: Quantization, config: ZeroConfig, num_slices: int) -> BlockFormat | None:
     """The format that values travel in; None for plain numbers, and where nothing travels."""
     if kind is Quantization.none or num_slices == 1:
@@ -112,9 +76,4 @@ def wire_bytes(slices: Slices, fmt: BlockFormat | None, itemsize: int) -> int:
     if fmt is None or not slices.matrix_numel:
         return slices.numel * itemsize
     rest = (slices.numel - slices.matrix_numel) * itemsize
-    return fmt.wire_bytes(slices.matrix_numel) + rest
-
-
-def up(number: int, multiple: int) -> int:
-    """The next multiple of `multiple`."""
-    return -(-number // multiple) * multiple
+    return fmt.row_bytes(slices.matrix_numel) + rest

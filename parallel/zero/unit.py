@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from phalanx.parallel.zero.config import Quantization
+from phalanx.parallel.kernels.block_format import Quantization
 from phalanx.parallel.zero.gathered import Gathered
 from phalanx.parallel.zero.groups import Groups
 from phalanx.parallel.zero.layout import SliceLayout

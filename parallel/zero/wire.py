@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from phalanx.parallel.kernels.block_format import BlockFormat
+from phalanx.parallel.kernels.quantize import dequantize, dequantize_sum, quantize
 from phalanx.parallel.zero.layout import SliceLayout
-from phalanx.parallel.zero.quantize import dequantize, dequantize_sum, quantize
-from phalanx.parallel.zero.slices import BlockFormat, wire_bytes
+from phalanx.parallel.zero.slices import wire_bytes
 
 
 class Wire:
@@ -19,7 +20,7 @@ class Wire:
         self._format = fmt if layout.matrix_numel else None
         self.quantized_numel = layout.matrix_numel if self._format is not None else 0
         """Elements of a slice that rounding touches, from its beginning on."""
-        self._codes = 0 if self._format is None else self._format.wire_bytes(self.quantized_numel)
+        self._codes = 0 if self._format is None else self._format.row_bytes(self.quantized_numel)
         self.nbytes = wire_bytes(layout, fmt, dtype.itemsize)
         """Bytes of a slice."""
 

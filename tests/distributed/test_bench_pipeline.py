@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from phalanx.bench import pipeline
 from phalanx.bench.figures import Figure, Request, table
-from phalanx.bench.peer_pipelining import PEERS
-from phalanx.launch.start import launch
+from phalanx.bench.pipeline import pipeline
+from phalanx.bench.pipeline.peer import PEERS
+from phalanx.launch.ranks.start import launch
 from phalanx.train.bench_config import BenchConfig, EmulatedPipelineConfig
 from phalanx.train.config import Config, Device, LaunchConfig
 
@@ -15,7 +15,7 @@ LAUNCH = LaunchConfig(device=Device.cpu, ranks_per_node=2, threads_per_rank=1, t
 
 
 def request(config: Config) -> Request:
-    return Request(config=config, world_size=2, launch=launch, arguments=[])
+    return Request(config=config, world_size=2, launch=launch, arguments=[], cpu="")
 
 
 def by_name(figures: list[Figure]) -> dict[str, Figure]:

@@ -2,19 +2,19 @@
 
 from dataclasses import replace
 
-from phalanx.bench import wgrad
 from phalanx.bench.figures import Request
-from phalanx.launch.start import launch
+from phalanx.bench.wgrad import wgrad
+from phalanx.launch.ranks.start import launch
 from phalanx.train.bench_config import BenchConfig
 from phalanx.train.config import Device, LaunchConfig
-from tests.small import make_config
+from tests.small_run import make_config
 
 LAUNCH = LaunchConfig(device=Device.cpu, ranks_per_node=2, threads_per_rank=1, timeout_s=60.0)
 
 
 def test_weight_gradients() -> None:
     config = replace(make_config(), bench=BenchConfig(rounds=1, steps=1), launch=LAUNCH)
-    request = Request(config=config, world_size=2, launch=launch, arguments=[])
+    request = Request(config=config, world_size=2, launch=launch, arguments=[], cpu="")
     figures = {figure.name: figure for figure in wgrad.bench(request)}
     for peer in wgrad.PEERS:
         assert figures[f"wgrad.step_s.{peer}"].peer == peer

@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from phalanx.bench import namespaces, peer_deepspeed, slow_network, zero
 from phalanx.bench.figures import Figure, Request, table
-from phalanx.bench.namespaces import Node
-from phalanx.launch.start import launch
+from phalanx.bench.peers import deepspeed
+from phalanx.bench.slow_network import namespaces, slow_network
+from phalanx.bench.slow_network.namespaces import Node
+from phalanx.bench.zero import zero
+from phalanx.launch.ranks.start import launch
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.bench_config import BenchConfig, SlowNetworkConfig
 from phalanx.train.config import Config, Device, LaunchConfig, TrainingConfig
@@ -43,7 +45,7 @@ def config(data: DataConfig, **bench: Any) -> Config:
 
 
 def request(config: Config) -> Request:
-    return Request(config=config, world_size=4, launch=launch, arguments=[])
+    return Request(config=config, world_size=4, launch=launch, arguments=[], cpu="")
 
 
 def by_name(figures: list[Figure]) -> dict[str, Figure]:
@@ -131,6 +133,6 @@ def test_bytes_and_peers(demo_data: DataConfig) -> None:
     assert share["hpz", "inside"] == pytest.approx(1, rel=0.01)
     # One process would compute the same up to the order of sums.
     assert figures["zero.loss_gap.fsdp2"].value < 1e-5
-    if peer_deepspeed.installed():
+    if deepspeed.installed():
         assert figures["zero.loss_gap.deepspeed"].value < 1e-4
     assert figures["zero.tokens_per_s.fsdp2"].value > 0

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from phalanx.checkpoint import epoch
 from phalanx.checkpoint.config import SnapshotConfig
-from phalanx.checkpoint.peers import CheckpointError
+from phalanx.checkpoint.errors import CheckpointError
+from phalanx.checkpoint.snapshot import epoch
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import Events, Run, manager_of, step_names, stored_names
+from tests.checkpoint.ranks import Events, Run, manager_of, step_names, stored_names
 
 # --- saving ------------------------------------------------------------------------------------
 

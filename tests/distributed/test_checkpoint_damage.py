@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from phalanx.checkpoint.folders import folder_name
+from phalanx.checkpoint.format.folders import folder_name
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import Events, Run, manager_of, resume_and_save, step_names
+from tests.checkpoint.ranks import Events, Run, manager_of, resume_and_save, step_names
 
 
 def save_three(ranks: Ranks, root: Path) -> None:

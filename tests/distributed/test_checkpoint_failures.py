@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from phalanx.checkpoint import epoch, holder_client, holder_line
+from phalanx.checkpoint.errors import CheckpointError
+from phalanx.checkpoint.holder import client, line
 from phalanx.checkpoint.manager import CheckpointManager
-from phalanx.checkpoint.peers import CheckpointError
+from phalanx.checkpoint.snapshot import epoch
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import Events, Run, holder_pids, kill_holders, manager_of
+from tests.checkpoint.ranks import Events, Run, holder_pids, kill_holders, manager_of
 
 
 def failed_save(manager: CheckpointManager, step: int, tensors: dict[str, torch.Tensor]) -> str:
@@ -90,7 +91,7 @@ def test_training_goes_on_when_a_background_save_fails(run_ranks: Run, tmp_path:
 
 
 def go_on_past_a_holder_that_stands_still(ranks: Ranks, root: Path) -> Events:
-    holder_line.STILL_S = holder_client.START_S = 0.5
+    line.STILL_S = client.START_S = 0.5
     with process_group(ranks):
         events: Events = []
         manager = manager_of(ranks, root, events=events)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from phalanx.checkpoint.holder_client import HolderClient
-from phalanx.checkpoint.holder_socket import Lock, remove_left, socket_path
-from phalanx.checkpoint.job import directory_of, job_name
-from phalanx.checkpoint.storage import open_storage
-from phalanx.checkpoint.tool import gc_memory, memory
+from phalanx.checkpoint.format.job import directory_of, job_name
+from phalanx.checkpoint.holder.client import HolderClient
+from phalanx.checkpoint.holder.sockets import Lock, remove_left, socket_path
+from phalanx.checkpoint.storage.open import open_storage
+from phalanx.checkpoint.tool import gc_memory, holders
 from phalanx.launch.cli import main
-from tests.holding import Cluster, snapshot_memory
+from tests.checkpoint.holder.nodes import Cluster, snapshot_memory
 
 MIB = 1 << 20
 Captured = pytest.CaptureFixture[str]
@@ -192,7 +192,7 @@ def test_a_holder_that_does_not_answer_is_told(
     monkeypatch: pytest.MonkeyPatch,
     stands_still: int,
 ) -> None:
-    monkeypatch.setattr(memory, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(holders, "PATIENCE_S", 0.5)
     other = 1 - stands_still
     pid = cluster.clients[stands_still].hello()
     leave(cluster)

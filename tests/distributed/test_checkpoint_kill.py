@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from phalanx.checkpoint import durable, snapshot
-from phalanx.checkpoint.folders import folder_name
-from phalanx.launch.start import RankFailed
+from phalanx.checkpoint.format.folders import folder_name
+from phalanx.checkpoint.snapshot import durable, snapshots
+from phalanx.launch.ranks.start import RankFailed
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import (
+from tests.checkpoint.ranks import (
     Events,
     Run,
     filled,
@@ -45,10 +45,10 @@ def after(owner: Any, name: str) -> None:
 
 
 MOMENTS: dict[str, tuple[Callable[[], None], int, int]] = {
-    "before copying": (lambda: before(snapshot.Snapshots, "_copy"), 2, 2),
-    "copied": (lambda: after(snapshot.Snapshots, "_copy"), 2, 2),
-    "before the commit": (lambda: before(snapshot.Snapshots, "_commit"), 2, 2),
-    "in memory": (lambda: after(snapshot.Snapshots, "_commit"), 3, 2),
+    "before copying": (lambda: before(snapshots.Snapshots, "_copy"), 2, 2),
+    "copied": (lambda: after(snapshots.Snapshots, "_copy"), 2, 2),
+    "before the commit": (lambda: before(snapshots.Snapshots, "_commit"), 2, 2),
+    "in memory": (lambda: after(snapshots.Snapshots, "_commit"), 3, 2),
     "before writing": (lambda: before(durable, "prepare_folder"), 3, 2),
     "after data": (lambda: before(durable, "new_manifest"), 3, 2),
     "before manifest": (lambda: before(durable, "write_manifest"), 3, 2),

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phalanx.checkpoint.config import StorageConfig
-from phalanx.checkpoint.folders import complete_folders, folder_name
-from phalanx.checkpoint.storage import open_storage
-from phalanx.launch.start import RankFailed
+from phalanx.checkpoint.format.folders import complete_folders, folder_name
+from phalanx.checkpoint.storage.config import StorageConfig
+from phalanx.checkpoint.storage.open import open_storage
+from phalanx.launch.ranks.start import RankFailed
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import Run, filled, holder_pids, manager_of
-from tests.killing import end_all, wait_until
+from tests.checkpoint.ranks import Run, filled, holder_pids, manager_of
+from tests.killed_run import end_all, wait_until
 
 STEP = 5
 LAST = "part-00005.safetensors"

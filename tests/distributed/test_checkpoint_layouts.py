@@ -12,9 +12,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from phalanx.checkpoint.folders import folder_name
+from phalanx.checkpoint.format.folders import folder_name
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import Run, manager_of, stored_names
+from tests.checkpoint.ranks import Run, manager_of, stored_names
 
 
 class Net(nn.Module):

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from phalanx.checkpoint.config import StorageConfig
-from phalanx.checkpoint.job import NAME as JOB
-from phalanx.checkpoint.storage import open_storage
-from phalanx.launch import checkpoint_verb
+from phalanx.checkpoint.format.job import NAME as JOB
+from phalanx.checkpoint.storage.config import StorageConfig
+from phalanx.checkpoint.storage.open import open_storage
 from phalanx.launch.cli import main
+from phalanx.launch.verbs.checkpoint import verb
+from tests.checkpoint.holder.nodes import Cluster
 from tests.counted_restore import cut_by_columns
-from tests.holding import Cluster
 from tests.s3 import BUCKET, Link, Server, open_bucket, options
 from tests.stored import make, tensors
 
@@ -74,7 +74,7 @@ def test_every_verb_takes_a_url(server: Server, tmp_path: Path, capsys: Captured
 def test_recut_into_a_bucket_by_way_of_a_folder_here(
     server: Server, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_verb, "_cut_for", checkpoint_verb._cut_for)  # put back after
+    monkeypatch.setattr(verb, "_cut_for", verb._cut_for)  # put back after
     cut_by_columns(3)
     make(tmp_path / "src", 100, tensors(1, scale=20), ranks=6)
     argv = ("restore", str(tmp_path / "src"), far("recut"), "--layout", "tp=3")
@@ -95,7 +95,7 @@ def test_a_link_that_is_cut_and_comes_back(
     server: Server, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within the retries nobody notices; beyond, the next call goes on."""
-    monkeypatch.setattr(checkpoint_verb, "StorageConfig", _two_tries)
+    monkeypatch.setattr(verb, "StorageConfig", _two_tries)
     make(far("cut"), 100, tensors(1, scale=800), ranks=4, config=storage_config(server))
     link = Link(server.port)
     link.cut_after(40_000)  # of requests: some dozens
@@ -115,7 +115,7 @@ def test_a_link_that_is_cut_and_comes_back(
 def test_an_upload_that_is_cut_goes_on_with_the_next_file(
     server: Server, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_verb, "StorageConfig", _two_tries)
+    monkeypatch.setattr(verb, "StorageConfig", _two_tries)
     make(tmp_path / "src", 100, tensors(1, scale=2000), ranks=12)
     link = Link(server.port)
     link.cut_after(12_000_000)  # of 20 MB

@@ -10,7 +10,7 @@ import torch
 from phalanx.parallel.config import ActivationCheckpoint
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import PrecisionConfig
-from tests.small import make_config, make_engine, rank_batch
+from tests.small_run import make_config, make_engine, rank_batch
 
 pytestmark = pytest.mark.slow
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from phalanx.checkpoint.config import SnapshotConfig
-from phalanx.checkpoint.folders import folder_name
+from phalanx.checkpoint.errors import CheckpointError
+from phalanx.checkpoint.format.folders import folder_name
+from phalanx.checkpoint.format.manifest import BACKUP, NAME, read_manifest
 from phalanx.checkpoint.manager import CheckpointManager
-from phalanx.checkpoint.manifest import BACKUP, NAME, read_manifest
-from phalanx.checkpoint.peers import CheckpointError
-from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.storage.open import open_storage
 from phalanx.checkpoint.tool.check import verify
 from phalanx.checkpoint.tool.places import find
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import LINGER_S, Run, holder_pids, manager_of
+from tests.checkpoint.ranks import LINGER_S, Run, holder_pids, manager_of
 
 RANKS = 6
 KINDS = {"none": RANKS, "xor": 2, "rs(2)": 1}

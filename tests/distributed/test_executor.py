@@ -12,9 +12,9 @@ from torch import Tensor
 
 from phalanx.parallel.executor import Inputs
 from phalanx.parallel.ranks import Ranks, process_group
+from phalanx.train.engine.step import Engine
 from phalanx.train.model.transformer import Transformer
-from phalanx.train.step import Engine
-from tests.small import (
+from tests.small_run import (
     make_batch,
     make_config,
     make_engine,

@@ -17,8 +17,8 @@ from phalanx.parallel.grad_norm import (
 )
 from phalanx.parallel.mesh import Mesh, build_mesh
 from phalanx.parallel.ranks import Ranks, process_group
-from phalanx.train.loss import world_sums
-from tests.small import (
+from phalanx.train.engine.loss import world_sums
+from tests.small_run import (
     make_batch,
     make_config,
     make_engine,

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.checkpoint import holder_socket
-from phalanx.checkpoint.holder_client import HolderClient, HolderError, HolderGone
-from phalanx.checkpoint.holder_socket import socket_path
-from phalanx.checkpoint.holder_start import find_holders, start_holder
-from phalanx.checkpoint.transport import RefusedError, dial
-from tests.holding import Cluster, content, snapshot_memory, together
+from phalanx.checkpoint.holder import sockets
+from phalanx.checkpoint.holder.client import HolderClient, HolderError, HolderGone
+from phalanx.checkpoint.holder.sockets import socket_path
+from phalanx.checkpoint.holder.start import find_holders, start_holder
+from phalanx.checkpoint.holder.transport import RefusedError, dial
+from tests.checkpoint.holder.nodes import Cluster, content, snapshot_memory, together
 
 MIB = 1 << 20
 
 FILL_HALF = """
 import sys, time
-from phalanx.checkpoint.holder_client import HolderClient
+from phalanx.checkpoint.holder.client import HolderClient
 job, epoch, rank, slot, step = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 client = HolderClient.connect(job, 0)
 memory = client.attach(epoch, rank)[slot]
@@ -66,10 +66,7 @@ def alive(pid: int) -> bool:
 
 
 def test_torch_free() -> None:
-    code = (
-        "import sys, phalanx.checkpoint.holder, phalanx.checkpoint.holder_connection;"
-        "assert 'torch' not in sys.modules"
-    )
+    code = "import sys, phalanx.checkpoint.holder.__main__;assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -341,7 +338,7 @@ def test_folder_of_others_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def elsewhere(path: str) -> Path:
         return tmp_path / "sockets" if path.startswith("/tmp/phalanx-") else real(path)
 
-    monkeypatch.setattr(holder_socket, "Path", elsewhere)
+    monkeypatch.setattr(sockets, "Path", elsewhere)
     assert socket_path("job", 3) == tmp_path / "sockets" / "job-3.sock"
     (tmp_path / "sockets").chmod(0o755)
     with pytest.raises(PermissionError, match="mode 0755"):

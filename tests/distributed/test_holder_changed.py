@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from phalanx.checkpoint import durable, recovery
-from phalanx.checkpoint.holder_client import HolderError
-from phalanx.checkpoint.peers import CheckpointError
-from phalanx.checkpoint.snapshot import Taken
+from phalanx.checkpoint.errors import CheckpointError
+from phalanx.checkpoint.holder.client import HolderError
+from phalanx.checkpoint.load import choice
+from phalanx.checkpoint.snapshot import durable
+from phalanx.checkpoint.snapshot.request import Taken
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import Events, Run, holder_pids, manager_of, step_names
-from tests.holding import Cluster, content, flip_bit, snapshot_memory
+from tests.checkpoint.holder.nodes import Cluster, content, flip_bit, snapshot_memory
+from tests.checkpoint.ranks import Events, Run, holder_pids, manager_of, step_names
 
 MIB = 1 << 20
 PARTS = [[MIB], [0, 2 * MIB + 9], [100]]
@@ -27,9 +28,7 @@ def drain(cluster: Cluster, node: int) -> dict:
 
 def lost(cluster: Cluster) -> tuple[int, ...]:
     """Members that a new start would rebuild."""
-    found, _ = recovery.newest(
-        [client.inventory() for _, client in sorted(cluster.clients.items())]
-    )
+    found, _ = choice.newest([client.inventory() for _, client in sorted(cluster.clients.items())])
     assert found is not None
     return found.lost
 

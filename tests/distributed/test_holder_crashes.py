@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from phalanx.checkpoint import recovery
-from phalanx.checkpoint.holder_client import HolderClient, HolderError, HolderGone
-from tests.holding import Cluster, content
+from phalanx.checkpoint.holder.client import HolderClient, HolderError, HolderGone
+from phalanx.checkpoint.load import choice
+from tests.checkpoint.holder.nodes import Cluster, content
 
 KIB = 1 << 10
 
@@ -105,7 +105,7 @@ def restart(cluster: Cluster, killed: list[int], *, at_least: int) -> int:
     inventories: list[dict[str, Any] | None] = [
         None if node in killed else cluster.clients[node].inventory() for node in cluster.nodes
     ]
-    found, reasons = recovery.newest(inventories)
+    found, reasons = choice.newest(inventories)
     if found is None:
         assert not at_least, reasons
         for node in killed:
@@ -114,7 +114,7 @@ def restart(cluster: Cluster, killed: list[int], *, at_least: int) -> int:
     assert found.step >= at_least, (found.step, at_least, reasons)
     for node in killed:
         cluster.start(node).listen("127.0.0.1")
-    homes = recovery.new_homes(found, len(cluster.nodes))
+    homes = choice.new_homes(found, len(cluster.nodes))
     where = {member: node for member, (node, _) in found.where.items()}
     digests = _digests(inventories, found)
     for member, home in homes.items():
@@ -140,7 +140,7 @@ def restart(cluster: Cluster, killed: list[int], *, at_least: int) -> int:
     return found.step
 
 
-def _digests(inventories: list[dict[str, Any] | None], found: recovery.Found) -> list[int]:
+def _digests(inventories: list[dict[str, Any] | None], found: choice.Found) -> list[int]:
     for inventory in inventories:
         for epoch in inventory["epochs"] if inventory else ():
             for member in epoch["members"].values() if epoch["epoch"] == found.epoch else ():

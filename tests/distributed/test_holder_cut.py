@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.checkpoint.holder_client import HolderError
-from tests.holding import Cluster, together
+from phalanx.checkpoint.holder.client import HolderError
+from tests.checkpoint.holder.nodes import Cluster, together
 
 MIB = 1 << 20
 NODES = 3
@@ -54,7 +54,7 @@ def test_cut_off_node_is_noticed_and_comes_back(
 ) -> None:
     space, link = network
     start = (
-        "import sys; from phalanx.checkpoint.holder_start import start_holder;"
+        "import sys; from phalanx.checkpoint.holder.start import start_holder;"
         "start_holder(sys.argv[1], int(sys.argv[2]), linger_s=20, log=None)"
     )
     with Cluster(tmp_path) as cluster:

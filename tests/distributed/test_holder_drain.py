@@ -8,9 +8,9 @@ import pytest
 import xxhash
 from safetensors.numpy import load_file
 
-from phalanx.checkpoint.holder_client import HolderClient, HolderError
-from phalanx.checkpoint.manifest import StoredParity, StoredPart
-from tests.holding import Cluster, content, together
+from phalanx.checkpoint.format.stored import StoredParity, StoredPart
+from phalanx.checkpoint.holder.client import HolderClient, HolderError
+from tests.checkpoint.holder.nodes import Cluster, content, together
 
 MIB = 1 << 20
 SLOW = {"limit_mb_s": 4.0, "piece_mb": 5}

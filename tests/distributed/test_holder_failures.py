@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from phalanx.checkpoint.holder_client import HolderError
-from tests.holding import Cluster, content, together
+from phalanx.checkpoint.holder.client import HolderError
+from tests.checkpoint.holder.nodes import Cluster, content, together
 
 MIB = 1 << 20
 PARTS = [[3 * MIB + 5], [MIB, MIB], [2 * MIB]]

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from phalanx.checkpoint.config import StorageConfig
-from phalanx.checkpoint.folders import folder_name
-from phalanx.checkpoint.holder_client import HolderClient
-from phalanx.checkpoint.peers import CheckpointError
+from phalanx.checkpoint.errors import CheckpointError
+from phalanx.checkpoint.format.folders import folder_name
+from phalanx.checkpoint.holder.client import HolderClient
+from phalanx.checkpoint.storage.config import StorageConfig
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import Events, Run, holder_pids, step_names
-from tests.killing import end_all, wait_until
+from tests.checkpoint.ranks import Events, Run, holder_pids, step_names
+from tests.killed_run import end_all, wait_until
 from tests.protecting import before, check_protected, protected_manager, state, take
 
 

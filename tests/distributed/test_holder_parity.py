@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.checkpoint.holder_client import HolderError
-from tests.holding import Cluster, content, snapshot_memory
+from phalanx.checkpoint.holder.client import HolderError
+from tests.checkpoint.holder.nodes import Cluster, content, snapshot_memory
 
 MIB = 1 << 20
 

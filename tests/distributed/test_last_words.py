@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from phalanx.checkpoint.boxes import whole
 from phalanx.checkpoint.config import CheckpointConfig
-from phalanx.checkpoint.format import whole
 from phalanx.checkpoint.peers import Peers
-from phalanx.launch.start import RankFailed, launch
+from phalanx.launch.ranks.start import RankFailed, launch
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import Device, LaunchConfig
 from phalanx.train.data.config import DataConfig
-from tests.killing import Run
+from tests.killed_run import Run
 
 CPU = LaunchConfig(device=Device.cpu, threads_per_rank=1, timeout_s=60)
 SAVING = ("training.steps=2", "parallel.dp_shard=2", "checkpoint.save_last=true")

@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from phalanx.launch.local import launch_local
-from phalanx.launch.start import RankFailed, Stopped, launch
+from phalanx.launch.ranks.local import launch_local
+from phalanx.launch.ranks.start import RankFailed, Stopped, launch
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import Device, LaunchConfig
 
@@ -110,7 +110,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_launch as t
-from phalanx.launch import forkserver
+from phalanx.launch.ranks import forkserver
 forkserver.PRELOAD = ("torch",)  # all that these functions need
 print(t.launch(t.{function}, Path({str(folder)!r}), world_size=2, config=t.CPU,
     log_dir=Path({str(folder)!r})))
@@ -186,7 +186,7 @@ def test_a_crash_shows_the_thread_that_crashed(tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_notice_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phalanx.launch.local.GRACE_S", 0.5)
+    monkeypatch.setattr("phalanx.launch.ranks.local.GRACE_S", 0.5)
     with pytest.raises(RankFailed, match="the culprit") as error:
         launch_local(fail_alone, world_size=3, config=CPU)
     assert error.value.rank == 1

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from phalanx.launch.start import RankFailed, launch
+from phalanx.launch.ranks.start import RankFailed, launch
 from phalanx.train.config import Device, LaunchConfig, Launcher
 from phalanx.train.data.config import DataConfig
 from tests.distributed.test_launch import CPU, fail, reduced, square, wait_for

@@ -16,7 +16,7 @@ from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.optim.config import OptimConfig, OptimizerName
 from phalanx.train.optim.low_bit import LowBitAdamW
 from phalanx.train.optim.sharded import local_of
-from tests.checkpointing import Run, manager_of
+from tests.checkpoint.ranks import Run, manager_of
 
 NAMES = ("adamw8bit", "adamw4bit")
 SAVED_AT, STEPS = 3, 5

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from phalanx.parallel.executor import Inputs, LossFn
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import PrecisionConfig
-from phalanx.train.step import Engine
-from tests.small import make_config, make_engine, rank_batch
+from phalanx.train.engine.step import Engine
+from tests.small_run import make_config, make_engine, rank_batch
 
 FIRST, LAST = "layers.0.feed_forward.w1.weight", "layers.4.attention.wq.weight"
 LAYOUTS = ({"dp_shard": 2}, {"pp": 2, "dp_shard": 1})

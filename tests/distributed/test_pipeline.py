@@ -19,8 +19,8 @@ from phalanx.parallel.pipeline.schedules.registry import GENERATORS, make_schedu
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.gathered import Gathered
 from phalanx.train.config import Precision, PrecisionConfig
-from phalanx.train.step import Engine
-from tests.small import make_config, make_engine, rank_batch
+from phalanx.train.engine.step import Engine
+from tests.small_run import make_config, make_engine, rank_batch
 
 BF16 = PrecisionConfig(params=Precision.fp32, compute=Precision.bf16, reduce=Precision.fp32)
 FULL, SELECTIVE = ActivationCheckpoint.full, ActivationCheckpoint.selective

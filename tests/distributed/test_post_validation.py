@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import Config
-from phalanx.train.gradients import Gradients
-from phalanx.train.step import Engine
+from phalanx.train.engine.gradients import Gradients
+from phalanx.train.engine.step import Engine
 from tests.distributed.test_nonfinite import Spoiled
-from tests.small import make_config, make_engine, rank_batch
+from tests.small_run import make_config, make_engine, rank_batch
 
 STEPS = 4
 RATE = 1e-2
@@ -133,7 +133,7 @@ def runs(
 )
 def everyone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Each rank's `runs`."""
-    from phalanx.launch.start import launch
+    from phalanx.launch.ranks.start import launch
     from phalanx.train.config import Device, LaunchConfig
 
     config = LaunchConfig(ranks_per_node=4, device=Device.cpu, threads_per_rank=1, timeout_s=60.0)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from phalanx.launch.failure import RankFailed
-from phalanx.launch.start import launch
+from phalanx.launch.ranks.failure import RankFailed
+from phalanx.launch.ranks.start import launch
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.parallel.ranks import Ranks
@@ -90,7 +90,7 @@ def test_a_stop_comes_one_step_later(demo_data: DataConfig, tmp_path: Path) -> N
 def train_spoiled(ranks: Ranks, config: Config, step: int) -> None:
     """The trainer, with an infinite gradient on the last rank in one step."""
     from phalanx.train import trainer
-    from phalanx.train.step import Engine
+    from phalanx.train.engine.step import Engine
     from tests.distributed.test_nonfinite import poison_last_row
 
     gradients = Engine.gradients

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import Precision, PrecisionConfig
-from phalanx.train.step import Engine
-from tests.small import (
+from phalanx.train.engine.step import Engine
+from tests.small_run import (
     make_batch,
     make_config,
     make_engine,

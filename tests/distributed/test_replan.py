@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.fault.events import read_lines
-from phalanx.launch.start import launch
+from phalanx.launch.ranks.start import launch
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.parallel.ranks import Ranks
@@ -178,9 +178,9 @@ def recorded_bytes(ranks: Ranks) -> dict[int, Any]:
     from phalanx.parallel.pipeline.profile import OpRecorder, stage_profiles
     from phalanx.parallel.ranks import process_group
     from phalanx.train.config import PrecisionConfig
-    from phalanx.train.pipeline_plan import plan_pipeline
-    from phalanx.train.stage_costs import estimated_memory
-    from tests.small import FP64, make_config, make_engine, rank_batch
+    from phalanx.train.plan.costs import estimated_memory
+    from phalanx.train.plan.pipeline import plan_pipeline
+    from tests.small_run import FP64, make_config, make_engine, rank_batch
 
     found: dict[int, list[Any]] = {}
     with process_group(ranks):

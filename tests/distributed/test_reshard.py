@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from phalanx.checkpoint import forward, reshard, reshard_run
+from phalanx.checkpoint.boxes import Box, TensorInfo, whole
 from phalanx.checkpoint.chunks import Chunk
-from phalanx.checkpoint.format import Box, PartTable, TensorInfo, lay_out, whole
-from phalanx.checkpoint.peers import CheckpointError, Peers
-from phalanx.checkpoint.reshard import Moved, load
-from phalanx.checkpoint.reshard_plan import locate, needed, plan_reads, volume
+from phalanx.checkpoint.errors import CheckpointError
+from phalanx.checkpoint.format.table import PartTable, lay_out
+from phalanx.checkpoint.load import forward, loading, reshard
+from phalanx.checkpoint.load.reads import locate, needed, plan_reads, volume
+from phalanx.checkpoint.load.reshard import Moved, load
+from phalanx.checkpoint.peers import Peers
 from phalanx.checkpoint.torch_types import TORCH_TYPES
 from phalanx.parallel.ranks import Ranks, process_group
 from tests.resharding import (
@@ -37,7 +39,7 @@ def load_random(
 ) -> list[Any]:
     with process_group(ranks):
         if not direct:  # as for tensors of a GPU
-            reshard_run._takes_bytes = lambda target, dtype: False
+            loading._takes_bytes = lambda target, dtype: False
         reshard.ROUND_BYTES = round_bytes
         forward.ALONE_BYTES = alone
         peers = Peers(dist.new_group(backend="gloo"))

@@ -15,22 +15,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from phalanx.checkpoint.boxes import ITEM_BYTES
 from phalanx.checkpoint.chunks import chunk_of
 from phalanx.checkpoint.config import SnapshotConfig
-from phalanx.checkpoint.format import ITEM_BYTES
-from phalanx.checkpoint.manifest import read_manifest
-from phalanx.checkpoint.reshard import Moved
-from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.format.manifest import read_manifest
+from phalanx.checkpoint.load.reshard import Moved
+from phalanx.checkpoint.storage.open import open_storage
 from phalanx.checkpoint.tool.reading import tensors_of
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.config import ZeroConfig
 from phalanx.parallel.zero.partition import Extent, Partition
 from phalanx.train.config import Precision
+from phalanx.train.engine.step import Engine
 from phalanx.train.optim.config import OptimizerName
-from phalanx.train.step import Engine
 from phalanx.train.verify.run import TOLERANCE
-from tests.checkpointing import LINGER_S, Run, holder_pids, kill_holders, manager_of
-from tests.small import rank_batch
+from tests.checkpoint.ranks import LINGER_S, Run, holder_pids, kill_holders, manager_of
+from tests.small_run import rank_batch
 from tests.zero import LR, Case, at, case
 
 NONE, NODE, ALL = Extent

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phalanx.checkpoint.format import whole
-from phalanx.checkpoint.manifest import read_manifest
-from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.boxes import whole
+from phalanx.checkpoint.format.manifest import read_manifest
+from phalanx.checkpoint.storage.open import open_storage
 from phalanx.checkpoint.tool.check import examine
 from phalanx.checkpoint.tool.reading import Reader, tensors_of
 from tests.counted_restore import new_counter

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from phalanx.checkpoint.config import CheckpointConfig, SnapshotConfig
-from phalanx.checkpoint.folders import folder_name
-from phalanx.launch.failure import RankFailed
-from phalanx.launch.start import launch
+from phalanx.checkpoint.format.folders import folder_name
+from phalanx.launch.ranks.failure import RankFailed
+from phalanx.launch.ranks.start import launch
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.ranks import Ranks
 from phalanx.train.config import (
@@ -28,7 +28,7 @@ from phalanx.train.config import (
 from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.optim.config import LrConfig, OptimConfig
-from tests.checkpointing import LINGER_S, kill_holders
+from tests.checkpoint.ranks import LINGER_S, kill_holders
 
 STEPS = 28
 """A run resumed from its checkpoint of step 6 still has more than 20 to compare."""

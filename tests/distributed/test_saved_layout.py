@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phalanx.checkpoint.boxes import TensorInfo
 from phalanx.checkpoint.chunks import chunk_of
-from phalanx.checkpoint.format import TensorInfo
-from phalanx.checkpoint.manifest import read_manifest
-from phalanx.checkpoint.shares import Held, assign, held_boxes
-from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.format.manifest import read_manifest
+from phalanx.checkpoint.snapshot.shares import Held, assign, held_boxes
+from phalanx.checkpoint.storage.open import open_storage
 from phalanx.checkpoint.tool.reading import tensors_of
 from phalanx.launch.cli import main
-from phalanx.launch.compose import compose
+from phalanx.launch.config.compose import compose
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.config import PartitionConfig, ZeroConfig
@@ -24,10 +24,10 @@ from phalanx.train.config import Config, LaunchConfig
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.model.transformer import Transformer
 from phalanx.train.optim.config import OptimConfig, OptimizerName
-from phalanx.train.resume import plain_settings
-from phalanx.train.saved_layout import held_by_ranks, layout_config
-from phalanx.train.state import random_states
-from tests.small import make_config, make_engine
+from phalanx.train.plan.saved_layout import held_by_ranks, layout_config
+from phalanx.train.resume.check import plain_settings
+from phalanx.train.resume.state import random_states
+from tests.small_run import make_config, make_engine
 from tests.stored import make
 
 Run = Callable[..., list[Any]]

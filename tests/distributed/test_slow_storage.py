@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from phalanx.checkpoint.config import SnapshotConfig, StorageConfig
-from phalanx.checkpoint.folders import folder_name
+from phalanx.checkpoint.config import SnapshotConfig
+from phalanx.checkpoint.format.folders import folder_name
+from phalanx.checkpoint.format.manifest import NAME
 from phalanx.checkpoint.manager import CheckpointManager
-from phalanx.checkpoint.manifest import NAME
+from phalanx.checkpoint.storage.config import StorageConfig
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import LINGER_S, Events, Run, committed_steps, filled, manager_of
-from tests.killing import wait_until
+from tests.checkpoint.ranks import LINGER_S, Events, Run, committed_steps, filled, manager_of
+from tests.killed_run import wait_until
 
 STEPS = range(1, 9)
 SLOW_MB_S = 0.3

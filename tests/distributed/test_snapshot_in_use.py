@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from phalanx.checkpoint import finding
 from phalanx.checkpoint.config import SnapshotConfig
+from phalanx.checkpoint.load import finding
 from phalanx.parallel.ranks import Ranks, process_group
-from tests.checkpointing import LINGER_S, Events, Run, manager_of
+from tests.checkpoint.ranks import LINGER_S, Events, Run, manager_of
 
 
 def load_while_it_is_overwritten(ranks: Ranks, root: Path) -> tuple[int, float, Events]:

@@ -14,11 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from phalanx.launch.start import RankFailed, launch
+from phalanx.launch.ranks.start import RankFailed, launch
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import Device, LaunchConfig
-from tests.checkpointing import Events, Run, holder_pids
-from tests.killing import end_all, snapshot_bytes, wait_until
+from tests.checkpoint.ranks import Events, Run, holder_pids
+from tests.killed_run import end_all, snapshot_bytes, wait_until
 from tests.protecting import check_protected, flip, goes_on, protected_manager, state, take
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from phalanx.train.data.config import DataConfig
-from tests.checkpointing import committed_steps
-from tests.killing import Run, alive, end_all, going_on_from, wait_until
+from tests.checkpoint.ranks import committed_steps
+from tests.killed_run import Run, alive, end_all, going_on_from, wait_until
 
 STEPS = 60
 MakeRun = Callable[..., Run]

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from phalanx.checkpoint import retry
-from phalanx.checkpoint.checksums import check_files
-from phalanx.checkpoint.config import StorageConfig
-from phalanx.checkpoint.folders import complete_folders, prepare_folder, prune
-from phalanx.checkpoint.manifest import read_manifest
-from phalanx.checkpoint.storage import ShortFileError, Storage, open_storage
-from phalanx.checkpoint.storage_s3 import S3Storage
+from phalanx.checkpoint.format.checksums import check_files
+from phalanx.checkpoint.format.folders import complete_folders, prepare_folder, prune
+from phalanx.checkpoint.format.manifest import read_manifest
+from phalanx.checkpoint.storage import retry
+from phalanx.checkpoint.storage.base import ShortFileError, Storage
+from phalanx.checkpoint.storage.config import StorageConfig
+from phalanx.checkpoint.storage.open import open_storage
+from phalanx.checkpoint.storage.s3 import S3Storage
 from tests.s3 import BUCKET, Link, Server, client, open_bucket, options
 from tests.stored import save
 

@@ -13,7 +13,7 @@ from phalanx.parallel.exact_sum import bins_of
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.tensor.traffic import TensorTraffic
 from phalanx.train.config import Config
-from tests.small import make_config, make_engine, rank_batch
+from tests.small_run import make_config, make_engine, rank_batch
 
 MICROBATCHES = 8
 SIZE = 8

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from phalanx.launch.start import launch
+from phalanx.launch.ranks.start import launch
 from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.parallel.pipeline.schedules.registry import GENERATORS
 from phalanx.parallel.zero.config import ZeroConfig
 from phalanx.train.config import (
     Config,
+    Defect,
     Device,
-    Injection,
     LaunchConfig,
     Precision,
     TrainingConfig,
@@ -49,7 +49,7 @@ def run(
     microbatch: int = 2,
     resume_in: dict[str, int] | None = None,
     dtype: Precision = Precision.fp64,
-    inject: Injection = Injection.none,
+    inject: Defect = Defect.none,
     **parallel: object,
 ) -> Report:
     """Verify one layout of the small model on the test corpus."""
@@ -194,15 +194,15 @@ def test_fp32_stays_within_its_tolerance(demo_data: DataConfig) -> None:
 @pytest.mark.parametrize(
     ("defect", "named"),
     [
-        (Injection.grad_scale, "gradient scale: every gradient is 1.5 times"),
-        (Injection.drop_grad, "dropped gradient: zero for layers.0.feed_forward.w1.weight"),
-        (Injection.stale_shard, "stale shard: layers.0.feed_forward.w1.weight, rows 0 to 25 of 52"),
-        (Injection.reorder_batch, "wrong batch: from row 0 on, samples [16, 17"),
+        (Defect.grad_scale, "gradient scale: every gradient is 1.5 times"),
+        (Defect.drop_grad, "dropped gradient: zero for layers.0.feed_forward.w1.weight"),
+        (Defect.stale_shard, "stale shard: layers.0.feed_forward.w1.weight, rows 0 to 25 of 52"),
+        (Defect.reorder_batch, "wrong batch: from row 0 on, samples [16, 17"),
     ],
 )
 @pytest.mark.parametrize("dtype", [Precision.fp32, Precision.fp64])
 def test_names_a_planted_defect(
-    demo_data: DataConfig, defect: Injection, named: str, dtype: Precision
+    demo_data: DataConfig, defect: Defect, named: str, dtype: Precision
 ) -> None:
     report = run(demo_data, inject=defect, dtype=dtype, dp_shard=2)
     assert not report.passed

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from phalanx.launch.start import launch
+from phalanx.launch.ranks.start import launch
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.ranks import Ranks
 from phalanx.train.config import Config, Device, LaunchConfig, TrainingConfig, VerifyConfig

@@ -19,13 +19,13 @@ from phalanx.parallel.mesh import Mesh, build_mesh
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.shard import Sharder, Sharding
-from phalanx.train.build import torch_dtypes
 from phalanx.train.config import Config, Precision, PrecisionConfig
-from phalanx.train.loss import token_loss
+from phalanx.train.engine.build import torch_dtypes
+from phalanx.train.engine.loss import token_loss
 from phalanx.train.model.init import init_weights
 from phalanx.train.model.plan import plan_for
 from phalanx.train.model.transformer import Transformer
-from tests.small import make_batch, make_config, reference_loss, reference_model
+from tests.small_run import make_batch, make_config, reference_loss, reference_model
 
 NONE, SELECTIVE, FULL = (
     ActivationCheckpoint.none,

@@ -10,7 +10,7 @@ from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.config import ZeroConfig
 from phalanx.parallel.zero.partition import POINTS, Extent, Partition
 from phalanx.train.config import Precision, PrecisionConfig
-from tests.small import rank_batch
+from tests.small_run import rank_batch
 from tests.zero import STEPS, Case, Found, Step, at, case, compared, gradient_error, references
 
 NONE, NODE, ALL = Extent

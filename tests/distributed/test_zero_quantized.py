@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phalanx.parallel.zero.config import PartitionConfig, Quantization, ZeroConfig
+from phalanx.parallel.kernels.block_format import BlockFormat, Quantization
+from phalanx.parallel.zero.config import PartitionConfig, ZeroConfig
 from phalanx.parallel.zero.layout import SliceLayout
 from phalanx.parallel.zero.partition import Extent
-from phalanx.parallel.zero.slices import BlockFormat
-from tests.bare import FP32, Job, same, work
+from tests.parallel.zero.bare_unit import FP32, Job, same, work
 from tests.quantized import LARGEST, adversarial, largest_error
 from tests.quantized import reference as rounded
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from phalanx.parallel.kernels.block_format import Quantization
 from phalanx.parallel.ranks import Ranks, process_group
-from phalanx.parallel.zero.config import PartitionConfig, Quantization, ZeroConfig
+from phalanx.parallel.zero.config import PartitionConfig, ZeroConfig
 from phalanx.parallel.zero.parameter import UnitParameter
 from phalanx.parallel.zero.partition import Extent, Partition
 from phalanx.train.config import Precision, PrecisionConfig
-from phalanx.train.step import Engine
-from tests.small import make_config, make_engine, rank_batch
+from phalanx.train.engine.step import Engine
+from tests.small_run import make_config, make_engine, rank_batch
 from tests.zero import Case, at, case, compared, references
 
 WORLD = 4

@@ -9,16 +9,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from phalanx.parallel.comm_meter import Traffic
+from phalanx.parallel.kernels.block_format import Quantization
 from phalanx.parallel.ranks import Ranks, process_group
-from phalanx.parallel.zero.config import PartitionConfig, Quantization, ZeroConfig
+from phalanx.parallel.zero.config import PartitionConfig, ZeroConfig
 from phalanx.parallel.zero.cost import Formats, Shape, held, sent
 from phalanx.parallel.zero.partition import POINTS
 from phalanx.parallel.zero.places import place_of
 from phalanx.train.config import Config, Precision, PrecisionConfig
 from phalanx.train.model.shapes import unit_shapes
-from phalanx.train.stage_costs import BYTES
-from phalanx.train.zero_plan import moment_bytes
-from tests.small import make_config, make_engine, rank_batch
+from phalanx.train.plan.costs import BYTES
+from phalanx.train.plan.zero import moment_bytes
+from tests.small_run import make_config, make_engine, rank_batch
 
 WORLD, NODES = 4, 2
 KINDS = ("params", "grads", "replicas")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from phalanx.launch.start import launch
+from phalanx.launch.ranks.start import launch
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.parallel.zero.config import ZeroConfig

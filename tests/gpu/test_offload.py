@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from phalanx.launch.start import launch
+from phalanx.launch.ranks.start import launch
 from phalanx.parallel.mesh import build_mesh
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.parallel.zero.config import Offload, ZeroConfig
 from phalanx.train.config import Device, LaunchConfig, PrecisionConfig
-from phalanx.train.step import Engine
-from tests.small import make_config, rank_batch
+from phalanx.train.engine.step import Engine
+from tests.small_run import make_config, rank_batch
 
 pytestmark = [
     pytest.mark.gpu,

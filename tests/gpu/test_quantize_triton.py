@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from phalanx.parallel.zero import quantize as dispatch
-from phalanx.parallel.zero import quantize_torch
-from phalanx.parallel.zero.quantize import (
-    BlockFormat,
+from phalanx.parallel.kernels import quantize as dispatch
+from phalanx.parallel.kernels import quantize_torch
+from phalanx.parallel.kernels.block_format import BlockFormat, Quantization
+from phalanx.parallel.kernels.quantize import (
     dequantize,
     dequantize_sum,
     quantize,
@@ -42,7 +42,7 @@ if not INTERPRETED:  # the interpreter cuts bf16 off, where GPUs round
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's tensors lie on the CPU."""
     if INTERPRETED:
-        from phalanx.parallel.kernels import quantize as kernels
+        from phalanx.parallel.kernels import quantize_triton as kernels
 
         monkeypatch.setattr(dispatch, "_backend", lambda _: kernels)
 
@@ -50,7 +50,7 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def by_torch(values: Tensor, fmt: BlockFormat, residual: Tensor | None = None) -> Tensor:
     """(K, N) on the CPU -> wire."""
     numel = values.shape[1]
-    wire = torch.zeros(len(values), fmt.wire_bytes(numel), dtype=torch.uint8)
+    wire = torch.zeros(len(values), fmt.row_bytes(numel), dtype=torch.uint8)
     quantize_torch.quantize(values, *split(wire, numel, fmt), fmt, residual)
     return wire
 
@@ -78,13 +78,13 @@ def same_wire(a: Tensor, b: Tensor, numel: int, fmt: BlockFormat) -> bool:
 @pytest.mark.parametrize(("rows", "num_blocks", "block"), SHAPES)
 @pytest.mark.parametrize("feedback", [False, True])
 def test_the_bytes_of_torch(
-    kind: dispatch.Quantization, rows: int, num_blocks: int, block: int, feedback: bool
+    kind: Quantization, rows: int, num_blocks: int, block: int, feedback: bool
 ) -> None:
     fmt, numel = BlockFormat(kind, block), num_blocks * block
     values = adversarial(fmt, rows * num_blocks).view(rows, -1)
     residual = torch.randn(rows, numel) * 0.01 if feedback else None
     here = None if residual is None else residual.clone().to(DEVICE)
-    wire = torch.zeros(rows, fmt.wire_bytes(numel), dtype=torch.uint8, device=DEVICE)
+    wire = torch.zeros(rows, fmt.row_bytes(numel), dtype=torch.uint8, device=DEVICE)
     quantize(values.to(DEVICE), wire, fmt, here)
     wanted = by_torch(values, fmt, residual)
     assert same_wire(wire, wanted, numel, fmt)
@@ -96,7 +96,7 @@ def test_the_bytes_of_torch(
 @pytest.mark.parametrize(("rows", "num_blocks", "block"), SHAPES)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_floats_of_torch(
-    kind: dispatch.Quantization, rows: int, num_blocks: int, block: int, dtype: torch.dtype
+    kind: Quantization, rows: int, num_blocks: int, block: int, dtype: torch.dtype
 ) -> None:
     fmt, numel = BlockFormat(kind, block), num_blocks * block
     wire = by_torch(adversarial(fmt, rows * num_blocks).view(rows, -1), fmt)
@@ -116,15 +116,15 @@ def test_floats_of_torch(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_code_comes_back(kind: dispatch.Quantization) -> None:
+def test_every_code_comes_back(kind: Quantization) -> None:
     """All bytes that codes can be: not the NaN of e4m3, and no more than two 7 in a byte."""
-    fmt = BlockFormat(kind, 512 if kind is dispatch.Quantization.int4 else 256)
-    wire = torch.zeros(1, fmt.wire_bytes(fmt.block), dtype=torch.uint8)
+    fmt = BlockFormat(kind, 512 if kind is Quantization.int4 else 256)
+    wire = torch.zeros(1, fmt.row_bytes(fmt.block), dtype=torch.uint8)
     codes, scales = split(wire, fmt.block, fmt)
     codes.copy_(torch.arange(-128, 128))
-    if kind is dispatch.Quantization.fp8:
+    if kind is Quantization.fp8:
         codes[codes & 0x7F == 0x7F] = 0
-    elif kind is dispatch.Quantization.int4:
+    elif kind is Quantization.int4:
         codes.clamp_(-7 * 16 - 7, 7 * 16 + 7)
     scales.fill_(0.75)
     wanted = torch.empty(1, fmt.block)
@@ -136,10 +136,10 @@ def test_every_code_comes_back(kind: dispatch.Quantization) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_rows_that_lie_apart(kind: dispatch.Quantization, dtype: torch.dtype) -> None:
+def test_rows_that_lie_apart(kind: Quantization, dtype: torch.dtype) -> None:
     fmt = BlockFormat(kind, 24)
     values = torch.randn(5, 400).to(dtype)
-    wires = torch.full((6, fmt.wire_bytes(240) + 32), 0xA5, dtype=torch.uint8, device=DEVICE)
+    wires = torch.full((6, fmt.row_bytes(240) + 32), 0xA5, dtype=torch.uint8, device=DEVICE)
     wire = wires[::2, 16:-16]
     quantize(values.to(DEVICE)[::2, 8:248], wire, fmt)
     wanted = by_torch(values[::2, 8:248], fmt)
@@ -158,10 +158,10 @@ def test_rows_that_lie_apart(kind: dispatch.Quantization, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_largest_blocks(kind: dispatch.Quantization) -> None:
+def test_the_largest_blocks(kind: Quantization) -> None:
     fmt = BlockFormat(kind, 65536)
     values = torch.randn(2, 2 * 65536)
-    wire = torch.zeros(2, fmt.wire_bytes(2 * 65536), dtype=torch.uint8, device=DEVICE)
+    wire = torch.zeros(2, fmt.row_bytes(2 * 65536), dtype=torch.uint8, device=DEVICE)
     quantize(values.to(DEVICE), wire, fmt)
     assert torch.equal(wire.cpu(), by_torch(values, fmt))
 
@@ -170,4 +170,4 @@ def test_a_gpu_gets_the_kernels() -> None:
     if INTERPRETED:
         pytest.skip("the interpreter is put in by the fixture")
     backend: ModuleType = dispatch._backend(torch.empty(1, device="cuda"))
-    assert backend.__name__ == "phalanx.parallel.kernels.quantize"
+    assert backend.__name__ == "phalanx.parallel.kernels.quantize_triton"

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.optim.adamw import MOMENTS, AdamW
 from phalanx.train.optim.config import OptimConfig
-from tests.small import make_config, make_engine, rank_batch
+from tests.small_run import make_config, make_engine, rank_batch
 
 CONFIG = OptimConfig(beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)
 RATES = [1e-2, 2e-2, 5e-3, 0.0, 1e-2]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from phalanx.bench import emulated
-from phalanx.bench.emulated import EmulatedStage, OpSeconds, check_gradient
-from phalanx.bench.live_memory import LiveMemory
-from phalanx.bench.peer_pipelining import TorchStage
+from phalanx.bench.pipeline import emulated
+from phalanx.bench.pipeline.emulated import EmulatedStage, OpSeconds, check_gradient
+from phalanx.bench.pipeline.peer import TorchStage
+from phalanx.bench.wgrad.live_memory import LiveMemory
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore
 from phalanx.train.bench_config import (
     BenchConfig,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from phalanx.bench import erasure, erasure_sides
-from phalanx.bench.erasure_sides import Memory, Ours
+from phalanx.bench.erasure import erasure, sides
+from phalanx.bench.erasure.sides import Memory, Ours
 from phalanx.bench.figures import Request
 from phalanx.train.bench_config import BenchConfig
 from phalanx.train.config import Config
@@ -14,11 +14,11 @@ SIDES = {"isal", "pyeclib", "memcpy"}
 
 def request() -> Request:
     config = Config(bench=BenchConfig(rounds=2, steps=1))
-    return Request(config=config, world_size=1, launch=lambda *_, **__: [], arguments=[])
+    return Request(config=config, world_size=1, launch=lambda *_, **__: [], arguments=[], cpu="")
 
 
 def test_every_code_beside_every_side() -> None:
-    contenders, _ = erasure_sides.sides()
+    contenders, _ = sides.sides()
     figures = {figure.name: figure for figure in erasure.bench(request(), size=100_000)}
     expected = {
         f"erasure.{k}+{m}.{what}.{side}"
@@ -37,7 +37,7 @@ def test_every_code_beside_every_side() -> None:
 
 
 def test_every_side_rebuilds() -> None:
-    contenders, _ = erasure_sides.sides()
+    contenders, _ = sides.sides()
     for side in contenders:
         memory = Memory.make(4, 2, 4096 + 64)
         made = contenders[side](memory)
@@ -62,7 +62,7 @@ def test_a_side_that_rebuilds_wrong_bytes_is_not_timed(monkeypatch: pytest.Monke
 def test_who_is_left_out_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(erasure_sides, "find_spec", lambda _: None)
+    monkeypatch.setattr(sides, "find_spec", lambda _: None)
     figures = erasure.bench(request(), size=10_000)
     assert "pyeclib (not installed); left out" in capsys.readouterr().err
     assert "pyeclib" not in {figure.peer for figure in figures}

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from phalanx.bench import optim
 from phalanx.bench.figures import Request
+from phalanx.bench.optim import optim
 from phalanx.parallel.ranks import Ranks
 from phalanx.train.bench_config import BenchConfig
 from phalanx.train.config import Config
@@ -23,7 +23,7 @@ def launch_here(fn: Any, *args: Any, **_: Any) -> list[Any]:
 def test_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "SHAPE", (64, 2048))
     config = Config(bench=BenchConfig(rounds=2, steps=1))
-    request = Request(config=config, world_size=1, launch=launch_here, arguments=[])
+    request = Request(config=config, world_size=1, launch=launch_here, arguments=[], cpu="")
     figures = {figure.name: figure for figure in optim.bench(request)}
     held = {
         name: figures[f"optim.bytes_per_parameter.{name}"].value

@@ -11,11 +11,11 @@ import psutil
 import pytest
 from torch import Tensor
 
-from phalanx.bench import peer_dcp, peer_torch_checkpointing, snapshot
 from phalanx.bench.figures import Figure, Request, table
-from phalanx.bench.snapshot_ranks import Found, Turn, loaded_wrong, take_turn
-from phalanx.bench.snapshot_state import COMPUTING, KINDS, SLEEPING, State, make_work
-from phalanx.launch.start import launch
+from phalanx.bench.snapshot import peer_dcp, peer_torch_checkpointing, snapshot
+from phalanx.bench.snapshot.ranks import Found, Turn, loaded_wrong, take_turn
+from phalanx.bench.snapshot.state import COMPUTING, KINDS, SLEEPING, State, make_work
+from phalanx.launch.ranks.start import launch
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.mesh import build_mesh
 from phalanx.parallel.ranks import Ranks, process_group
@@ -100,7 +100,7 @@ def small() -> Config:
 
 
 def request(config: Config) -> Request:
-    return Request(config=config, world_size=1, launch=launch, arguments=[])
+    return Request(config=config, world_size=1, launch=launch, arguments=[], cpu="")
 
 
 def test_what_cannot_be_measured_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from phalanx.bench import namespaces, peer_deepspeed, slow_network, zero, zero_ways
 from phalanx.bench.figures import Figure, Request, table
-from phalanx.bench.slow_network_ranks import (
+from phalanx.bench.peers import deepspeed
+from phalanx.bench.slow_network import namespaces, slow_network
+from phalanx.bench.slow_network.ranks import (
     LAST,
     PEER,
     SIDES,
@@ -16,8 +17,10 @@ from phalanx.bench.slow_network_ranks import (
     last_step,
     rate_for,
 )
+from phalanx.bench.zero import ways, zero
 from phalanx.parallel.comm_meter import Traffic
-from phalanx.parallel.zero.config import Quantization, ZeroConfig
+from phalanx.parallel.kernels.block_format import Quantization
+from phalanx.parallel.zero.config import ZeroConfig
 from phalanx.train.bench_config import BenchConfig, SlowNetworkConfig
 from phalanx.train.config import Config, LaunchConfig, Launcher, Precision, TrainingConfig
 from phalanx.train.data.config import DataConfig
@@ -32,22 +35,22 @@ def by_name(figures: Any) -> dict[str, Figure]:
 
 
 def test_ranks_are_laid_out_as_nodes_and_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zero_ways, "check_data", lambda *_, **__: None)
+    monkeypatch.setattr(ways, "check_data", lambda *_, **__: None)
     config = Config(bench=BenchConfig(nodes=2, ranks_per_node=4), zero=ZeroConfig(block_size=64))
     training = TrainingConfig(global_batch_size=16)
-    laid = zero_ways.layout(replace(config, training=training), precision=zero_ways.BF16)
+    laid = ways.layout(replace(config, training=training), precision=ways.BF16)
     assert (laid.parallel.dp_shard, laid.launch.nodes, laid.launch.ranks_per_node) == (8, 2, 4)
     assert laid.launch.emulate_nodes
     assert laid.precision.compute is laid.precision.reduce is Precision.bf16
     assert laid.zero == ZeroConfig(block_size=64)
-    one = zero_ways.layout(laid, precision=zero_ways.FP32, one_node=True)
+    one = ways.layout(laid, precision=ways.FP32, one_node=True)
     assert (one.launch.nodes, one.launch.ranks_per_node, one.launch.emulate_nodes) == (1, 8, False)
     assert one.precision.compute is Precision.fp32
-    together = zero_ways.ways(laid)["together"]
+    together = ways.ways(laid)["together"]
     assert together.secondary_shard == 4
     assert together.quantize_weights is Quantization.int8
     assert together.quantize_gradients is Quantization.int4
-    assert {way.block_size for way in zero_ways.ways(laid).values()} == {64}
+    assert {way.block_size for way in ways.ways(laid).values()} == {64}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_ranks_are_laid_out_as_nodes_and_as_one(monkeypatch: pytest.MonkeyPatch)
 )
 def test_what_cannot_be_laid_out(config: Config, words: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="=") as caught:
-        zero_ways.layout(config, precision=zero_ways.BF16)
+        ways.layout(config, precision=ways.BF16)
     assert all(word in str(caught.value) for word in words)
 
 
@@ -108,7 +111,7 @@ def test_times_beside_each_peer() -> None:
 
 def test_deepspeed_gets_the_run_s_batch() -> None:
     config = Config(training=TrainingConfig(microbatch_size=2))
-    settings = peer_deepspeed.settings(config, num_microbatches=3)
+    settings = deepspeed.settings(config, num_microbatches=3)
     assert settings["train_micro_batch_size_per_gpu"] == 2
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["gradient_clipping"] == config.optim.max_grad_norm
@@ -118,10 +121,10 @@ def test_deepspeed_gets_the_run_s_batch() -> None:
 def test_a_missing_peer_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(peer_deepspeed, "installed", lambda: False)
+    monkeypatch.setattr(deepspeed, "installed", lambda: False)
     assert zero._peers() == ["fsdp2"]
     assert "phalanx-train[peers]" in capsys.readouterr().err
-    monkeypatch.setattr(peer_deepspeed, "installed", lambda: True)
+    monkeypatch.setattr(deepspeed, "installed", lambda: True)
     assert zero._peers() == ["deepspeed", "fsdp2"]
 
 
@@ -154,14 +157,14 @@ def test_machines_without_namespaces_say_what_is_missing(monkeypatch: pytest.Mon
     monkeypatch.setattr(namespaces.shutil, "which", lambda tool: None if tool == "tc" else tool)
     assert namespaces.missing() == "not found: tc; install iproute2"
     monkeypatch.setattr(namespaces.sys, "platform", "darwin")
-    monkeypatch.setattr(zero_ways, "check_data", lambda *_, **__: None)
+    monkeypatch.setattr(ways, "check_data", lambda *_, **__: None)
     assert "Linux" in str(namespaces.missing())
     with pytest.raises(ValueError, match="bench slow_network: network namespaces are Linux's"):
         slow_network.bench(plain_request())
 
 
 def plain_request() -> Request:
-    return Request(config=Config(), world_size=4, launch=lambda *_, **__: [], arguments=[])
+    return Request(config=Config(), world_size=4, launch=lambda *_, **__: [], arguments=[], cpu="")
 
 
 @pytest.mark.parametrize("waiting", [0.1, 0.5, 0.72])

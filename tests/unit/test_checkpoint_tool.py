@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.checkpoint.job import read_job
-from phalanx.checkpoint.storage import Storage
+from phalanx.checkpoint.format.job import read_job
+from phalanx.checkpoint.storage.base import Storage
 from phalanx.checkpoint.tool import ls as ls_module
-from phalanx.checkpoint.tool.memory import InMemory
+from phalanx.checkpoint.tool.holders import InMemory
 from phalanx.checkpoint.tool.report import age, columns, size
 from tests.stored import make, tensors
 from tests.tool import Captured, run

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.checkpoint.format import whole
-from phalanx.checkpoint.manifest import BACKUP, NAME, read_manifest, write_manifest
-from phalanx.checkpoint.storage import open_storage
-from phalanx.checkpoint.storage_local import LocalStorage
+from phalanx.checkpoint.boxes import whole
+from phalanx.checkpoint.format.manifest import BACKUP, NAME, read_manifest, write_manifest
+from phalanx.checkpoint.storage.local import LocalStorage
+from phalanx.checkpoint.storage.metered import Metered
+from phalanx.checkpoint.storage.open import open_storage
 from phalanx.checkpoint.tool.check import verify
-from phalanx.checkpoint.tool.metered import Metered
 from phalanx.checkpoint.tool.places import find
 from phalanx.checkpoint.tool.reading import Reader
 from tests.stored import make, tensors

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.checkpoint.format import PartTable
-from phalanx.checkpoint.manifest import BACKUP, NAME, StoredPart, read_manifest, write_manifest
-from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.format.manifest import BACKUP, NAME, read_manifest, write_manifest
+from phalanx.checkpoint.format.stored import StoredPart
+from phalanx.checkpoint.format.table import PartTable
+from phalanx.checkpoint.storage.open import open_storage
 from phalanx.checkpoint.tool.check import verify
 from phalanx.checkpoint.tool.places import find
 from phalanx.launch.cli import main

@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.checkpoint.format import Box, Entry, TensorInfo, whole
-from phalanx.checkpoint.manifest import BrokenCheckpointError, Manifest, read_manifest
-from phalanx.checkpoint.storage import open_storage
-from phalanx.checkpoint.tool import restore as restore_module
+from phalanx.checkpoint.boxes import Box, TensorInfo, whole
+from phalanx.checkpoint.errors import BrokenCheckpointError
+from phalanx.checkpoint.format.manifest import Manifest, read_manifest
+from phalanx.checkpoint.format.table import Entry
+from phalanx.checkpoint.storage.metered import Metered
+from phalanx.checkpoint.storage.open import open_storage
 from phalanx.checkpoint.tool.check import examine
-from phalanx.checkpoint.tool.journal import Journal
-from phalanx.checkpoint.tool.metered import Metered
 from phalanx.checkpoint.tool.places import find
-from phalanx.checkpoint.tool.plan import Cutting
 from phalanx.checkpoint.tool.reading import Reader
-from phalanx.checkpoint.tool.restoring import restore
-from phalanx.checkpoint.tool.units import slabs_of
+from phalanx.checkpoint.tool.restore import recut
+from phalanx.checkpoint.tool.restore.journal import Journal
+from phalanx.checkpoint.tool.restore.plan import Cutting
+from phalanx.checkpoint.tool.restore.units import slabs_of
+from phalanx.checkpoint.tool.restore.verb import restore
 from tests.stored import Arrays, cut, make, tensors
 
 STEP = "step_00000100"
@@ -37,12 +39,12 @@ class Cut(ConnectionError):
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint with parity that falls into many small units."""
-    monkeypatch.setattr(restore_module, "UNIT_BYTES", (1024, 1024))
+    monkeypatch.setattr(recut, "UNIT_BYTES", (1024, 1024))
     make(tmp_path / "src", 100, tensors(1, scale=20), ranks=6, nodes=3, parity=1)
     return tmp_path / "src"
 
 
-def recut(arrays: Arrays, ranks: int, dim: int) -> Callable[[Manifest], Cutting]:
+def recutting(arrays: Arrays, ranks: int, dim: int) -> Callable[[Manifest], Cutting]:
     tables = tuple(cut(arrays, ranks, dim=dim))
     return lambda _: Cutting(text=f"tp={ranks}", tables=tables, layout={"tp": ranks})
 
@@ -89,7 +91,7 @@ def test_recut_is_what_ranks_of_that_layout_hold(
     source: Path, tmp_path: Path, ranks: int, dim: int
 ) -> None:
     arrays = tensors(1, scale=20)
-    report = restore(find(str(source)), str(tmp_path / "dst"), cut=recut(arrays, ranks, dim))
+    report = restore(find(str(source)), str(tmp_path / "dst"), cut=recutting(arrays, ranks, dim))
     assert "without parity" in report.lines[-1]
     assert_holds(tmp_path / "dst", arrays)
     manifest = read_manifest(open_storage(tmp_path / "dst"), STEP)
@@ -108,7 +110,7 @@ def test_a_cut_link_costs_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recut_too: bool
 ) -> None:
     arrays = tensors(1, scale=20)
-    change = recut(arrays, 3, 1) if recut_too else None
+    change = recutting(arrays, 3, 1) if recut_too else None
     dst = str(tmp_path / "dst")
     moved = 0
     for count in (0, 40, 60):
@@ -170,7 +172,7 @@ def test_other_arguments_are_refused(
         with pytest.raises(Cut):
             restore(find(str(source)), str(tmp_path / "dst"))
     with pytest.raises(ValueError, match="a restore with layout='' goes on here, not one with"):
-        restore(find(str(source)), str(tmp_path / "dst"), cut=recut(arrays, 3, 1))
+        restore(find(str(source)), str(tmp_path / "dst"), cut=recutting(arrays, 3, 1))
     make(tmp_path / "other", 100, arrays)
     with pytest.raises(ValueError, match="a restore with source="):
         restore(find(str(tmp_path / "other")), str(tmp_path / "dst"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from phalanx.checkpoint.manifest import BACKUP, NAME
+from phalanx.checkpoint.format.manifest import BACKUP, NAME
 from tests.stored import make, tensors
 from tests.tool import Captured, cut_off, flip, run
 

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from phalanx.launch import env, hydra_app, verbs
+from phalanx.launch import env
 from phalanx.launch.cli import main
-from phalanx.launch.failure import Failure, first_failure
-from phalanx.launch.hydra_app import Command, Job
+from phalanx.launch.config import app
+from phalanx.launch.config.app import Command, Job
+from phalanx.launch.ranks.failure import Failure, first_failure
+from phalanx.launch.verbs import train
+from phalanx.launch.verbs.table import VERBS
 from phalanx.train.config import Config, Device
 
 Captured = pytest.CaptureFixture[str]
@@ -28,9 +31,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         configs.append(args[1])
         return [None]
 
-    monkeypatch.setattr(verbs, "launch", launch)
-    monkeypatch.setattr(hydra_app, "check", lambda _config: None)
-    monkeypatch.setattr(hydra_app, "warm_up", lambda: None)
+    monkeypatch.setattr(train, "launch", launch)
+    monkeypatch.setattr(app, "check", lambda _config: None)
+    monkeypatch.setattr(app, "warm_up", lambda: None)
     return configs
 
 
@@ -39,7 +42,7 @@ def test_version_and_help_name_every_verb(capsys: Captured) -> None:
     assert capsys.readouterr().out.startswith("phalanx 0.")
     assert main([]) == 0
     out = capsys.readouterr().out
-    for verb in verbs.VERBS:
+    for verb in VERBS:
         assert f"phalanx {verb}" in out
 
 
@@ -52,7 +55,7 @@ def test_help_of_a_group_tells_choices_types_defaults_and_meaning(capsys: Captur
     assert "model.dim" not in out
 
 
-@pytest.mark.parametrize("verb", list(verbs.VERBS))
+@pytest.mark.parametrize("verb", list(VERBS))
 def test_every_verb_has_help(verb: str, capsys: Captured) -> None:
     assert main([verb, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: phalanx {verb}")
@@ -80,7 +83,7 @@ def test_every_verb_has_help(verb: str, capsys: Captured) -> None:
 def test_bad_input_is_one_line_and_2(
     argv: list[str], said: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hydra_app, "warm_up", lambda: None)
+    monkeypatch.setattr(app, "warm_up", lambda: None)
     assert main(argv) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -265,7 +268,7 @@ def test_arguments_for_other_processes_compose_the_same(tmp_path: Path) -> None:
     assert command.jobs() == [["training.steps=4"]]
     seen: list[Job] = []
     argv = ["--config-dir", str(tmp_path), "training.steps=4"]
-    hydra_app.run("data", argv, seen.append, starts_ranks=False)
+    app.run("data", argv, seen.append, starts_ranks=False)
     again = Command.parse(seen[0].arguments)
     assert (again.source.config_dir, again.overrides) == (str(tmp_path), ["training.steps=4"])
 
@@ -298,7 +301,7 @@ def test_a_failed_rank_is_told_last_and_returns_1(
     def launch(*_: object, **__: object) -> list[object]:
         raise first_failure([Failure(rank=3, host="node7", text=f"{DEFECT}\n", **facts)])
 
-    monkeypatch.setattr(verbs, "launch", launch)
+    monkeypatch.setattr(train, "launch", launch)
     assert main(["train", f"run.dir={tmp_path}/run"]) == 1
     assert capsys.readouterr().err.splitlines()[-len(said) :] == said
 
@@ -309,7 +312,7 @@ def test_a_defect_of_ours_keeps_its_traceback(
     def launch(*_: object, **__: object) -> list[object]:
         raise ValueError("not the user's fault")
 
-    monkeypatch.setattr(verbs, "launch", launch)
+    monkeypatch.setattr(train, "launch", launch)
     with pytest.raises(ValueError, match="not the user's fault"):
         main(["train", f"run.dir={tmp_path}/run"])
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.launch.compose import Source, check, compose, world_size
+from phalanx.launch.config.compose import Source, check, compose, world_size
+from phalanx.launch.config.keys import all_keys
 from phalanx.launch.help import choices
-from phalanx.launch.keys import all_keys
 from phalanx.train.config import Precision
 from phalanx.train.data.config import DataConfig
 
@@ -157,7 +157,7 @@ def test_every_key_has_a_meaning() -> None:
 
 def test_composing_imports_no_torch() -> None:
     code = (
-        "import sys; from phalanx.launch.compose import compose; compose([]); "
+        "import sys; from phalanx.launch.config.compose import compose; compose([]); "
         "import phalanx.launch.cli; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -25,8 +25,8 @@ from phalanx.train.config import (
 )
 from phalanx.train.data.config import CorpusConfig, DataConfig, tokenizer_path
 from phalanx.train.model.config import ModelConfig, RopeScalingConfig
-from phalanx.train.notes import notes
 from phalanx.train.optim.config import LrConfig, OptimConfig, OptimizerName
+from phalanx.train.plan.notes import notes
 from tests.refusals import (
     CHECKPOINT_MODULES,
     INF,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.launch.compose import Source, compose
-from phalanx.launch.keys import all_keys
+from phalanx.launch.config.compose import Source, compose
+from phalanx.launch.config.keys import all_keys
 
 KEYS = [key for key in all_keys() if key.type == "true | false"]
 

@@ -2,11 +2,12 @@
 
 import pytest
 
-from phalanx.checkpoint.config import CheckpointConfig, SnapshotConfig, StorageConfig
+from phalanx.checkpoint.config import CheckpointConfig, SnapshotConfig
+from phalanx.checkpoint.storage.config import StorageConfig
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.train.config import Config, LaunchConfig
-from phalanx.train.notes import notes
+from phalanx.train.plan.notes import notes
 from tests.refusals import CHECKPOINT_MODULES, INF, NAN, Case, check_refusal, of, unreached
 
 

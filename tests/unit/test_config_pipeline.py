@@ -5,7 +5,7 @@ import pytest
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.train.config import Config
-from phalanx.train.notes import notes
+from phalanx.train.plan.notes import notes
 from tests.refusals import (
     PIPELINE_MODULES,
     PP2,

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from phalanx.launch.compose import check, compose
+from phalanx.launch.config.compose import check, compose
 from phalanx.parallel.config import ParallelConfig
-from phalanx.parallel.zero.config import Offload, PartitionConfig, Quantization, ZeroConfig
+from phalanx.parallel.kernels.block_format import Quantization
+from phalanx.parallel.zero.config import Offload, PartitionConfig, ZeroConfig
 from phalanx.parallel.zero.partition import (
     NAMES,
     POINTS,
@@ -16,7 +17,7 @@ from phalanx.parallel.zero.partition import (
     data_ranks_per_node,
 )
 from phalanx.train.config import Config, Device, LaunchConfig, Launcher, Precision, PrecisionConfig
-from phalanx.train.notes import notes
+from phalanx.train.plan.notes import notes
 from tests.refusals import ZERO_MODULES, Case, check_refusal, of, unreached
 
 INT8, INT4, FP8 = Quantization.int8, Quantization.int4, Quantization.fp8

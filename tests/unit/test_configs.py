@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phalanx.launch.compose import compose
+from phalanx.launch.config.compose import compose
 from phalanx.train.config import Config
 from phalanx.train.model.transformer import Transformer
 

@@ -13,17 +13,19 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phalanx.checkpoint.checksums import check_files
 from phalanx.checkpoint.chunks import Chunk, plain_chunk
-from phalanx.checkpoint.dcp import from_dcp, to_dcp
-from phalanx.checkpoint.folders import complete_folders
-from phalanx.checkpoint.manifest import BrokenCheckpointError, read_manifest
-from phalanx.checkpoint.peers import CheckpointError, Peers
-from phalanx.checkpoint.reshard import load
-from phalanx.checkpoint.restore import check_fit
-from phalanx.checkpoint.sources import StorageSource
-from phalanx.checkpoint.storage import Storage, open_storage
-from phalanx.checkpoint.writer import write_groups, write_tensors
+from phalanx.checkpoint.dcp.convert import from_dcp, to_dcp
+from phalanx.checkpoint.errors import BrokenCheckpointError, CheckpointError
+from phalanx.checkpoint.format.checksums import check_files
+from phalanx.checkpoint.format.folders import complete_folders
+from phalanx.checkpoint.format.manifest import read_manifest
+from phalanx.checkpoint.format.writer import write_groups, write_tensors
+from phalanx.checkpoint.load.fit import check_fit
+from phalanx.checkpoint.load.reshard import load
+from phalanx.checkpoint.load.sources import StorageSource
+from phalanx.checkpoint.peers import Peers
+from phalanx.checkpoint.storage.base import Storage
+from phalanx.checkpoint.storage.open import open_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

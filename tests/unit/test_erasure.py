@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from xxhash import xxh3_64_hexdigest
 
-from phalanx.checkpoint import erasure, erasure_isal
-from phalanx.checkpoint.erasure import Codec, best_backend
-from phalanx.checkpoint.erasure_field import (
+from phalanx.checkpoint.erasure import codec, isal
+from phalanx.checkpoint.erasure.codec import Codec, best_backend
+from phalanx.checkpoint.erasure.field import (
     Bytes,
     inverse,
     matrix_inverse,
@@ -26,8 +26,8 @@ from phalanx.checkpoint.erasure_field import (
     parity_matrix,
     times,
 )
-from phalanx.checkpoint.erasure_isal import IsaL, candidates
-from phalanx.checkpoint.erasure_portable import BLOCK, Backend, Portable
+from phalanx.checkpoint.erasure.isal import IsaL, candidates
+from phalanx.checkpoint.erasure.portable import BLOCK, Backend, Portable
 
 CODES = [(2, 1), (4, 2), (6, 2), (8, 2), (10, 4)]
 DIGESTS = ["62778fcbeb1ef094", "6159d2fe8c2e7460"]
@@ -221,7 +221,7 @@ def test_what_cannot_be_is_refused(call: Callable[[], object], words: str) -> No
 
 def test_long_rows_take_several_calls(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
     whole = encoded(Codec(4, 2, backend=backend), units(4, 1000))
-    monkeypatch.setattr(erasure_isal, "CALL_BYTES", 333)
+    monkeypatch.setattr(isal, "CALL_BYTES", 333)
     codec = Codec(4, 2, backend=backend)
     again = encoded(codec, units(4, 1000))
     assert all(map(np.array_equal, again, whole))
@@ -316,7 +316,7 @@ def test_a_broken_library_is_not_used(
     else:
         compiled(path, TABLES + ENCODE + UPDATE)
         words = "makes wrong bytes of rows of 1$"
-    monkeypatch.setattr(erasure, "candidates", lambda: iter([str(path), "libisal-of-nobody.so"]))
+    monkeypatch.setattr(codec, "candidates", lambda: iter([str(path), "libisal-of-nobody.so"]))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         backend = best_backend()
@@ -339,15 +339,15 @@ def test_the_next_library_takes_the_place_of_a_broken_one(
     rest = list(candidates())
     if not any("pyeclib" in candidate for candidate in rest):
         pytest.skip("no ISA-L on this machine")
-    monkeypatch.setattr(erasure, "candidates", lambda: iter([str(path), *rest]))
+    monkeypatch.setattr(codec, "candidates", lambda: iter([str(path), *rest]))
     with pytest.warns(UserWarning, match=f"ISA-L is not used from {path}"):
         assert isinstance(best_backend(), IsaL)
 
 
 def test_torch_is_not_imported() -> None:
     """A holder works with these, and shall stay small."""
-    names = ("erasure", "placement", "survival")
+    names = ("erasure.codec", "erasure.stripes", "nodes.groups", "nodes.survival")
     code = "".join(f"import phalanx.checkpoint.{name}\n" for name in names)
-    code += "phalanx.checkpoint.erasure.best_backend()\nimport sys\n"
+    code += "phalanx.checkpoint.erasure.codec.best_backend()\nimport sys\n"
     code += "assert not {'torch', 'pyeclib'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

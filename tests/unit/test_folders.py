@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.checkpoint.folders import (
+from phalanx.checkpoint.format.folders import (
     complete_folders,
     folder_name,
     prepare_folder,
@@ -12,8 +12,9 @@ from phalanx.checkpoint.folders import (
     remove_folder,
     stands_by_backup,
 )
-from phalanx.checkpoint.manifest import NAME, new_manifest, write_manifest
-from phalanx.checkpoint.storage import Storage, open_storage
+from phalanx.checkpoint.format.manifest import NAME, new_manifest, write_manifest
+from phalanx.checkpoint.storage.base import Storage
+from phalanx.checkpoint.storage.open import open_storage
 
 
 def save(storage: Storage, step: int, content: bytes = b"abc") -> str:

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phalanx.checkpoint.chunks import plain_chunk
-from phalanx.checkpoint.manifest import read_manifest
+from phalanx.checkpoint.format.manifest import read_manifest
+from phalanx.checkpoint.format.writer import write_tensors
+from phalanx.checkpoint.load.reshard import load
+from phalanx.checkpoint.load.sources import StorageSource
 from phalanx.checkpoint.peers import Peers
-from phalanx.checkpoint.reshard import load
-from phalanx.checkpoint.sources import StorageSource
-from phalanx.checkpoint.storage import open_storage
-from phalanx.checkpoint.writer import write_tensors
-from phalanx.launch.compose import Source, compose
+from phalanx.checkpoint.storage.open import open_storage
+from phalanx.launch.config.compose import Source, compose
 from phalanx.train.model import hf_weights
 from phalanx.train.model.config import ModelConfig, RopeScalingConfig
 from phalanx.train.model.hf import export_hf, import_hf

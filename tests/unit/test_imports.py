@@ -15,11 +15,17 @@ FLOORS = ["launch", "train", "fault", "checkpoint", "parallel", "configs"]
 TORCH_FREE = [
     "phalanx.train.config",
     "phalanx.train.data.config",
-    "phalanx.train.resume",
-    "phalanx.train.pipeline_plan",
+    "phalanx.train.model.flops",
+    "phalanx.train.plan.pipeline",
+    "phalanx.train.resume.check",
+    "phalanx.checkpoint.boxes",
+    "phalanx.checkpoint.errors",
+    "phalanx.checkpoint.holder.server.service",
+    "phalanx.parallel.kernels.block_format",
     "phalanx.launch.cli",
-    "phalanx.launch.compose",
-    "phalanx.launch.plan_verb",
+    "phalanx.launch.config.compose",
+    "phalanx.launch.ranks.failure",
+    "phalanx.launch.verbs.plan.verb",
 ]
 
 

@@ -14,7 +14,7 @@ from phalanx.train.config import PrecisionConfig
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.model.init import ROWS_PER_BLOCK, init_weights
 from phalanx.train.model.transformer import Transformer
-from tests.small import make_config, make_engine
+from tests.small_run import make_config, make_engine
 
 FP32 = PrecisionConfig()
 LAYOUTS: list[dict[str, Any]] = [

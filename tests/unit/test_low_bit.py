@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phalanx.launch.compose import compose
+from phalanx.launch.config.compose import compose
 from phalanx.train.optim import low_bit
 from phalanx.train.optim.adamw import AdamW
 from phalanx.train.optim.block_codes import Codec, Scratch, codecs

@@ -15,21 +15,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from phalanx.checkpoint.checksums import check_files
-from phalanx.checkpoint.coverage import uncovered, why_uncovered
-from phalanx.checkpoint.format import Box, Entry, PartTable, TensorInfo, lay_out
-from phalanx.checkpoint.manifest import (
+from phalanx.checkpoint.boxes import Box, TensorInfo
+from phalanx.checkpoint.errors import BrokenCheckpointError
+from phalanx.checkpoint.format.checksums import check_files
+from phalanx.checkpoint.format.coverage import uncovered, why_uncovered
+from phalanx.checkpoint.format.manifest import (
     BACKUP,
     NAME,
-    BrokenCheckpointError,
-    StoredParity,
-    StoredPart,
     new_manifest,
     read_manifest,
     write_manifest,
 )
-from phalanx.checkpoint.part_file import write_part
-from phalanx.checkpoint.storage import Storage, open_storage
+from phalanx.checkpoint.format.part_file import write_part
+from phalanx.checkpoint.format.stored import StoredParity, StoredPart
+from phalanx.checkpoint.format.table import Entry, PartTable, lay_out
+from phalanx.checkpoint.storage.base import Storage
+from phalanx.checkpoint.storage.open import open_storage
 from tests.stored import piece_of, save, tensors, write
 
 
@@ -144,7 +145,7 @@ def write_unchecked(
 ) -> None:
     """As a program with a bug, or of someone else, might."""
     with monkeypatch.context() as patch:
-        patch.setattr("phalanx.checkpoint.manifest._check", lambda _manifest: None)
+        patch.setattr("phalanx.checkpoint.format.manifest._check", lambda _manifest: None)
         write_manifest(storage, folder, manifest)
 
 
@@ -312,10 +313,10 @@ def test_reading_a_manifest_imports_neither_torch_nor_a_driver(
     folder, _ = save(storage, 3)
     code = f"""
 import sys
-from phalanx.checkpoint.checksums import check_files
-from phalanx.checkpoint.folders import complete_folders
-from phalanx.checkpoint.manifest import read_manifest
-from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.format.checksums import check_files
+from phalanx.checkpoint.format.folders import complete_folders
+from phalanx.checkpoint.format.manifest import read_manifest
+from phalanx.checkpoint.storage.open import open_storage
 storage = open_storage({str(tmp_path)!r})
 assert complete_folders(storage) == {{3: {folder!r}}}
 manifest = read_manifest(storage, {folder!r})

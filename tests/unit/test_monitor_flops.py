@@ -3,17 +3,10 @@
 import pytest
 import torch
 
-from phalanx.train.flops import (
-    cpu_speedup,
-    flops_per_token,
-    gpu_peak,
-    matmul_params,
-    measured_matmul,
-    num_params,
-    peak,
-)
 from phalanx.train.model.config import ModelConfig
+from phalanx.train.model.flops import flops_per_token, matmul_params, num_params
 from phalanx.train.model.transformer import Transformer
+from phalanx.train.monitor.peak import cpu_speedup, gpu_peak, measured_matmul, peak
 
 SHAPES = {
     "plain": ModelConfig(vocab_size=96, dim=32, num_layers=3, num_heads=4, ffn_dim=80),

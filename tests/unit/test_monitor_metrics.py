@@ -13,7 +13,7 @@ import torch
 
 from phalanx.fault.events import read_lines
 from phalanx.parallel.comm_meter import Traffic
-from phalanx.train.metrics import PARTS, MetricsLog, StepRecord, StepTimer
+from phalanx.train.monitor.metrics import PARTS, MetricsLog, StepRecord, StepTimer
 
 
 def record(step: int, loss: float = 1.0) -> StepRecord:
@@ -100,7 +100,7 @@ def test_kill_loses_no_written_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     code = f"""
 from pathlib import Path
-from phalanx.train.metrics import MetricsLog
+from phalanx.train.monitor.metrics import MetricsLog
 log = MetricsLog(Path({str(path)!r}), first_step=0)
 for step in range(10**9):
     log.write(step, {{"loss": step / 3}})

@@ -9,7 +9,7 @@ import torch
 
 from phalanx.parallel.ranks import Ranks
 from phalanx.train.config import Config, MonitorConfig, ProfileConfig, TrainingConfig
-from phalanx.train.profile import ProfileWindow
+from phalanx.train.monitor.profile import ProfileWindow
 
 
 def run(folder: Path, config: ProfileConfig, *, steps: range, rank: int = 0) -> list[str]:

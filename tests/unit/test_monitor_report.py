@@ -13,9 +13,9 @@ from phalanx.fault.events import read_lines
 from phalanx.parallel.comm_meter import Traffic
 from phalanx.parallel.ranks import Ranks
 from phalanx.train.config import Config, MonitorConfig, RunConfig, TrainingConfig
-from phalanx.train.metrics import StepRecord
-from phalanx.train.progress import Progress
-from phalanx.train.report import RunReport
+from phalanx.train.monitor.metrics import StepRecord
+from phalanx.train.monitor.progress import Progress
+from phalanx.train.monitor.report import RunReport
 
 CONFIG = Config(
     run=RunConfig(name="test", dir="runs/test"),

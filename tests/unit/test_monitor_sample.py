@@ -9,7 +9,7 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
-from phalanx.train.sample import choose, generate
+from phalanx.train.monitor.sample import choose, generate
 
 LETTERS = "abcdefgh"
 SEQ_LEN = 4

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 
 from phalanx.launch import env
-from phalanx.launch.compose import compose, ranks_per_node
+from phalanx.launch.config.compose import compose, ranks_per_node
+from phalanx.launch.ranks.start import resolve_device
 from phalanx.parallel.config import ParallelConfig
+from phalanx.parallel.kernels.block_format import Quantization
 from phalanx.parallel.ranks import Ranks
-from phalanx.parallel.zero.config import Quantization, ZeroConfig
+from phalanx.parallel.zero.config import ZeroConfig
 from phalanx.train.config import (
     Config,
     Device,
@@ -69,10 +71,10 @@ def test_ranks_of_a_node(
 def test_emulated_nodes_share_this_machines_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setattr(env, "gpu_count", lambda: 4)
-    assert env.resolve_device(EMULATED, 8) is Device.cpu
+    assert resolve_device(EMULATED, 8) is Device.cpu
     two_machines = LaunchConfig(nodes=2, ranks_per_node=4, launcher=Launcher.torchrun)
-    assert env.resolve_device(two_machines, 8) is Device.cuda
-    assert env.resolve_device(LaunchConfig(ranks_per_node=4), 4) is Device.cuda
+    assert resolve_device(two_machines, 8) is Device.cuda
+    assert resolve_device(LaunchConfig(ranks_per_node=4), 4) is Device.cuda
 
 
 def verified(**zero: object) -> Config:

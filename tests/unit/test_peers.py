@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from phalanx.checkpoint.peers import CheckpointError, Peers
+from phalanx.checkpoint.errors import CheckpointError
+from phalanx.checkpoint.peers import Peers
 
 
 class Alike(Peers):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.launch.compose import compose
+from phalanx.launch.config.compose import compose
 from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
 from phalanx.parallel.pipeline.config import NAMES, PipelineConfig
 from phalanx.parallel.pipeline.files import save_schedule
@@ -14,16 +14,12 @@ from phalanx.parallel.pipeline.graph import loop_placement, v_placement
 from phalanx.parallel.pipeline.schedules.registry import make_schedule, placement_of
 from phalanx.parallel.pipeline.validate import validate
 from phalanx.train.config import Config, TrainingConfig
-from phalanx.train.flops import flops_per_token
 from phalanx.train.model.config import ModelConfig
-from phalanx.train.pipeline_plan import (
-    auto_placements,
-    check_pipeline,
-    memory_of_1f1b,
-    plan_pipeline,
-    stage_cuts,
-)
-from phalanx.train.stage_costs import estimated_costs, estimated_memory, layer_and_head
+from phalanx.train.model.flops import flops_per_token
+from phalanx.train.plan.costs import estimated_costs, estimated_memory, layer_and_head
+from phalanx.train.plan.cuts import stage_cuts
+from phalanx.train.plan.limits import memory_of_1f1b
+from phalanx.train.plan.pipeline import auto_placements, check_pipeline, plan_pipeline
 
 MODEL = ModelConfig(vocab_size=2560, dim=64, num_layers=9, num_heads=4, ffn_dim=172)
 """The head costs as much as several layers."""
@@ -189,7 +185,7 @@ def test_schedule_files_that_cannot_run(tmp_path: Path, orders: list[str], words
 
 
 def test_the_command_line_refuses_before_ranks_start(tmp_path: Path) -> None:
-    from phalanx.launch.compose import check
+    from phalanx.launch.config.compose import check
 
     layout = ["parallel.pp=2", "parallel.dp_shard=1", "launch.device=cpu"]
     with pytest.raises(ValueError, match=r"pipeline.schedule=\S+: no such file"):

@@ -22,7 +22,7 @@ from phalanx.parallel.pipeline.search import best_order
 from phalanx.parallel.pipeline.simulate import Costs, Memory, simulate
 from phalanx.train.config import Config, TrainingConfig
 from phalanx.train.model.config import ModelConfig
-from phalanx.train.replan import decide
+from phalanx.train.plan.replan import decide
 
 CPU = torch.device("cpu")
 NO_MEMORY = Memory((0.0,) * 2, (0.0,) * 2, (0.0,) * 2)

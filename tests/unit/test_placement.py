@@ -8,9 +8,10 @@ from math import comb, exp
 import numpy as np
 import pytest
 
-from phalanx.checkpoint.erasure import Codec
-from phalanx.checkpoint.placement import Stripes, make_groups
-from phalanx.checkpoint.survival import survival
+from phalanx.checkpoint.erasure.codec import Codec
+from phalanx.checkpoint.erasure.stripes import Stripes
+from phalanx.checkpoint.nodes.groups import make_groups
+from phalanx.checkpoint.nodes.survival import survival
 
 
 def worst(groups: list[tuple[int, ...]], racks: list[str]) -> int:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from phalanx.launch.cli import main
-from phalanx.launch.compose import compose
-from phalanx.launch.verbs import VERBS
+from phalanx.launch.config.compose import compose
+from phalanx.launch.verbs.table import VERBS
 from phalanx.parallel.zero.partition import NAMES
 from phalanx.train.optim.config import OptimizerName
-from phalanx.train.zero_plan import moment_bytes, setting_of, ways
+from phalanx.train.plan.zero import moment_bytes, setting_of, ways
 
 Captured = pytest.CaptureFixture[str]
 TWO_NODES = [

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from phalanx.parallel.zero import quantize_torch
-from phalanx.parallel.zero.config import Quantization
-from phalanx.parallel.zero.quantize import (
+from phalanx.parallel.kernels import quantize_torch
+from phalanx.parallel.kernels.block_format import Quantization
+from phalanx.parallel.kernels.quantize import (
     BlockFormat,
     dequantize,
     dequantize_sum,
@@ -25,7 +25,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def there(values: Tensor, fmt: BlockFormat, residual: Tensor | None = None) -> Tensor:
     """(K, N) -> wire."""
-    wire = torch.full((len(values), fmt.wire_bytes(values.shape[1])), 0xA5, dtype=torch.uint8)
+    wire = torch.full((len(values), fmt.row_bytes(values.shape[1])), 0xA5, dtype=torch.uint8)
     quantize(values, wire, fmt, residual)
     return wire
 
@@ -202,7 +202,7 @@ def test_formats_and_rows_that_lie_apart(kind: Quantization, dtype: torch.dtype)
     fmt = BlockFormat(kind, 24)
     wide = torch.randn(5, 400).to(dtype)
     values = wide[::2, 8:248]
-    wires = torch.full((6, fmt.wire_bytes(240) + 32), 0xA5, dtype=torch.uint8)
+    wires = torch.full((6, fmt.row_bytes(240) + 32), 0xA5, dtype=torch.uint8)
     wire = wires[::2, 16:-16]
     quantize(values, wire, fmt)
     assert torch.equal(wire, there(values.float().contiguous(), fmt))
@@ -251,8 +251,8 @@ def test_a_sum_with_nan_is_nan() -> None:
 def test_bytes_of_a_wire(kind: Quantization, block: int, num_blocks: int) -> None:
     fmt, numel = BlockFormat(kind, block), block * num_blocks
     needed = numel * WIDTHS[kind] // 8 + 4 * num_blocks
-    assert fmt.wire_bytes(numel) % 16 == 0
-    assert needed <= fmt.wire_bytes(numel) < needed + 32
+    assert fmt.row_bytes(numel) % 16 == 0
+    assert needed <= fmt.row_bytes(numel) < needed + 32
     wire = there(torch.ones(2, numel), fmt)
     codes, scales = split(wire, numel, fmt)
     used = torch.zeros_like(wire)
@@ -266,7 +266,7 @@ def test_bytes_of_a_wire(kind: Quantization, block: int, num_blocks: int) -> Non
 
 def test_nothing_takes_no_bytes() -> None:
     fmt = BlockFormat(Quantization.int8, 8)
-    assert fmt.wire_bytes(0) == 0
+    assert fmt.row_bytes(0) == 0
     wire = there(torch.ones(2, 0), fmt, torch.zeros(2, 0))
     assert wire.shape == back(wire, 0, fmt).shape == (2, 0)
     dequantize_sum(wire, torch.ones(0), fmt)
@@ -295,7 +295,7 @@ def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(ValueError, match="block=9.*even"):
         BlockFormat(Quantization.int4, 9)
     with pytest.raises(ValueError, match="17 elements: no multiple of block=8"):
-        fmt.wire_bytes(17)
+        fmt.row_bytes(17)
     with pytest.raises(ValueError, match=r"needs torch.uint8 \(2, 32\)"):
         quantize(values, wire[:, :16], fmt)
     with pytest.raises(ValueError, match=r"needs floats \(K, N\)"):

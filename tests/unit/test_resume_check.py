@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 
 from phalanx.checkpoint.config import CheckpointConfig
-from phalanx.checkpoint.folders import folder_name
-from phalanx.checkpoint.manifest import new_manifest, write_manifest
-from phalanx.checkpoint.storage import open_storage
-from phalanx.launch import env, hydra_app, verbs
+from phalanx.checkpoint.format.folders import folder_name
+from phalanx.checkpoint.format.manifest import new_manifest, write_manifest
+from phalanx.checkpoint.storage.open import open_storage
+from phalanx.launch import env
 from phalanx.launch.cli import main
-from phalanx.parallel.zero.config import Quantization, ZeroConfig
+from phalanx.launch.config import app
+from phalanx.launch.verbs import train
+from phalanx.parallel.kernels.block_format import Quantization
+from phalanx.parallel.zero.config import ZeroConfig
 from phalanx.train.config import Config, TrainingConfig
-from phalanx.train.resume import KIND, changed_settings, check_resume, plain_settings
+from phalanx.train.resume.check import KIND, changed_settings, check_resume, plain_settings
 
 SIZES = {"seed": 1, "seq_len": 256, "global_batch_size": 16}
 REFUSED = [
@@ -57,9 +60,9 @@ def test_a_refused_resume_is_one_line_and_writes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     launched: list[object] = []
-    monkeypatch.setattr(verbs, "launch", lambda *args, **_: launched.append(args))
-    monkeypatch.setattr(hydra_app, "check", lambda _config: None)
-    monkeypatch.setattr(hydra_app, "warm_up", lambda: None)
+    monkeypatch.setattr(train, "launch", lambda *args, **_: launched.append(args))
+    monkeypatch.setattr(app, "check", lambda _config: None)
+    monkeypatch.setattr(app, "warm_up", lambda: None)
     save(tmp_path / "checkpoints", 4)
     (tmp_path / "config.yaml").write_text("as it was\n")
     argv = ["train", f"run.dir={tmp_path}", *(f"training.{k}={v}" for k, v in SIZES.items())]
@@ -78,10 +81,10 @@ def test_the_launching_process_refuses_without_torch(tmp_path: Path) -> None:
     save(tmp_path / "checkpoints", 4)
     code = f"""
 import sys
-from phalanx.launch import hydra_app
+from phalanx.launch.config import app
 from phalanx.launch.cli import main
-hydra_app.check = lambda _config: None
-hydra_app.warm_up = lambda: None
+app.check = lambda _config: None
+app.warm_up = lambda: None
 code = main(["train", "run.dir={tmp_path}", "training.seed=2"])
 sys.exit(99 if "torch" in sys.modules else code)
 """
@@ -133,9 +136,9 @@ def test_what_rounds_differently_is_told() -> None:
 def test_notes_know_the_device_that_auto_will_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verbs, "launch", lambda *_args, **_kwargs: None)
-    monkeypatch.setattr(hydra_app, "check", lambda _config: None)
-    monkeypatch.setattr(hydra_app, "warm_up", lambda: None)
+    monkeypatch.setattr(train, "launch", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(app, "check", lambda _config: None)
+    monkeypatch.setattr(app, "warm_up", lambda: None)
     monkeypatch.setattr(env, "gpu_count", lambda: 0)
     assert main(["train", f"run.dir={tmp_path}", "zero.offload=cpu"]) == 0
     assert "note: zero.offload=cpu: no effect" in capsys.readouterr().err

@@ -11,8 +11,8 @@ from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.fault.events import EventLog
 from phalanx.parallel.ranks import Ranks
 from phalanx.train.config import Config
-from phalanx.train.go_on import go_on
-from phalanx.train.step import Engine
+from phalanx.train.engine.step import Engine
+from phalanx.train.resume.go_on import go_on
 
 
 class _Engine:

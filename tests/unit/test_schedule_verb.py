@@ -14,7 +14,7 @@ from PIL import Image
 
 from phalanx.launch import env
 from phalanx.launch.cli import main
-from phalanx.launch.schedule_flags import OPTIONS, OUTPUTS, parse
+from phalanx.launch.verbs.schedule.flags import OPTIONS, OUTPUTS, parse
 from phalanx.parallel.pipeline.files import load_schedule
 from phalanx.parallel.pipeline.graph import Op
 from phalanx.parallel.pipeline.schedules.registry import GENERATORS, make_schedule

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from phalanx.checkpoint.copier import BUCKET_BYTES, Copier
-from phalanx.checkpoint.format import Box, PartTable, TensorInfo
-from phalanx.checkpoint.recovery import Found, new_homes, newest
-from phalanx.checkpoint.shares import Held, assign
+from phalanx.checkpoint.boxes import Box, TensorInfo
+from phalanx.checkpoint.format.table import PartTable
+from phalanx.checkpoint.load.choice import Found, new_homes, newest
+from phalanx.checkpoint.snapshot.copier import BUCKET_BYTES, Copier
+from phalanx.checkpoint.snapshot.shares import Held, assign
 
 F32, U8 = "F32", "U8"
 

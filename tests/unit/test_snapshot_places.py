@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from phalanx.checkpoint import host_memory, nodes
 from phalanx.checkpoint.chunks import Chunk
-from phalanx.checkpoint.copier import Copier
-from phalanx.checkpoint.job import directory_of, job_name, read_job
-from phalanx.checkpoint.memory_source import find
-from phalanx.checkpoint.peers import CheckpointError, Peers
-from phalanx.checkpoint.shares import share
-from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.errors import CheckpointError
+from phalanx.checkpoint.format.job import directory_of, job_name, read_job
+from phalanx.checkpoint.holder import memory
+from phalanx.checkpoint.load.memory import find
+from phalanx.checkpoint.nodes.node import find_node
+from phalanx.checkpoint.peers import Peers
+from phalanx.checkpoint.snapshot.copier import Copier
+from phalanx.checkpoint.snapshot.shares import share
+from phalanx.checkpoint.storage.open import open_storage
 
 
 class Told(Peers):
@@ -65,7 +67,7 @@ def test_a_name_without_a_place_counts_and_a_damaged_one_is_refused(tmp_path: Pa
 def test_nodes_of_different_size_are_refused_on_every_rank() -> None:
     for mine in (2, 4):
         with pytest.raises(ValueError, match=r"nodes have 2 and 3 and 4 ranks: all of a job"):
-            nodes.find_node(
+            find_node(
                 Told([2, 2, 3, 3, 3, 4, 4, 4, 4]), ranks_per_node=mine, racks=(), store_host=None
             )
 
@@ -73,10 +75,10 @@ def test_nodes_of_different_size_are_refused_on_every_rank() -> None:
 def test_nodes_that_share_a_machine_are_one_failure_domain() -> None:
     a, b = ("a", "", 1), ("b", "", 2)
     said = [(a, "", "10.0.0.1"), (a, "", "10.0.0.1"), (b, "", "10.0.0.2")]
-    node = nodes.find_node(Told([1, 1, 1], said), ranks_per_node=1, racks=(), store_host=None)
+    node = find_node(Told([1, 1, 1], said), ranks_per_node=1, racks=(), store_host=None)
     assert node.racks == ("a", "a", "")
     alike = [(a, "", "10.0.0.1")] * 3
-    node = nodes.find_node(Told([1, 1, 1], alike), ranks_per_node=1, racks=(), store_host=None)
+    node = find_node(Told([1, 1, 1], alike), ranks_per_node=1, racks=(), store_host=None)
     assert node.racks == ("", "", "")  # emulated nodes stand for machines
 
 
@@ -137,11 +139,11 @@ def test_the_copiers_thread_uses_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch) 
 def test_a_containers_cached_files_do_not_count_as_taken(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
-    machine = host_memory.available_bytes()
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    machine = memory.available_bytes()
     (tmp_path / "memory.max").write_text("max\n")  # a container without a limit
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 700\nshmem 100\n")
-    assert host_memory.available_bytes() == pytest.approx(machine, rel=0.2)
+    assert memory.available_bytes() == pytest.approx(machine, rel=0.2)
     (tmp_path / "memory.max").write_text("1024\n")
-    assert host_memory.available_bytes() == 24 + 700
+    assert memory.available_bytes() == 24 + 700

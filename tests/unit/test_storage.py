@@ -17,10 +17,11 @@ from uuid import uuid4
 import pytest
 from fsspec.registry import known_implementations
 
-from phalanx.checkpoint import rate_limit, retry
-from phalanx.checkpoint.config import StorageConfig
-from phalanx.checkpoint.rate_limit import RateLimit
-from phalanx.checkpoint.storage import Storage, open_storage
+from phalanx.checkpoint.storage import rate_limit, retry
+from phalanx.checkpoint.storage.base import Storage
+from phalanx.checkpoint.storage.config import StorageConfig
+from phalanx.checkpoint.storage.open import open_storage
+from phalanx.checkpoint.storage.rate_limit import RateLimit
 from tests.stored import save
 
 MIB = 1 << 20
@@ -112,9 +113,9 @@ def test_a_write_that_breaks_off_leaves_what_was_there(storage: Storage) -> None
 
 
 def test_checkpoints_stand_in_any_storage(storage: Storage) -> None:
-    from phalanx.checkpoint.checksums import check_files
-    from phalanx.checkpoint.folders import complete_folders, prune
-    from phalanx.checkpoint.manifest import read_manifest
+    from phalanx.checkpoint.format.checksums import check_files
+    from phalanx.checkpoint.format.folders import complete_folders, prune
+    from phalanx.checkpoint.format.manifest import read_manifest
 
     for step in (1, 2, 2):
         folder, written = save(storage, step, seed=step)
@@ -130,7 +131,7 @@ def test_a_killed_writer_leaves_no_file(tmp_path: Path) -> None:
     storage.write("a/file", [b"old"])
     code = f"""
 import time
-from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.storage.open import open_storage
 def pieces():
     yield bytes(1 << 20)
     print("half", flush=True)

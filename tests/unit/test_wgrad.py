@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phalanx.parallel.checkpointing import checkpointed
 from phalanx.parallel.config import ActivationCheckpoint
 from phalanx.parallel.pipeline import wgrad_functions
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore, defer_weight_gradients
@@ -27,8 +26,9 @@ from phalanx.parallel.pipeline.wgrad_functions import (
     linear,
     rms_norm,
 )
+from phalanx.parallel.recompute import checkpointed
 from phalanx.train.model.transformer import Transformer
-from tests.small import make_batch, make_config, reference_loss, reference_model
+from tests.small_run import make_batch, make_config, reference_loss, reference_model
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 

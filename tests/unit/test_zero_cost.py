@@ -7,18 +7,19 @@ import torch
 from torch import nn
 
 from phalanx.parallel.comm_meter import Traffic
-from phalanx.parallel.zero.config import Offload, PartitionConfig, Quantization, ZeroConfig
+from phalanx.parallel.kernels.block_format import BlockFormat, Quantization
+from phalanx.parallel.zero.config import Offload, PartitionConfig, ZeroConfig
 from phalanx.parallel.zero.cost import Formats, Held, Shape, UnitShapes, held, sent
 from phalanx.parallel.zero.layout import SliceLayout
 from phalanx.parallel.zero.partition import Extent, Partition
 from phalanx.parallel.zero.places import place_of
-from phalanx.parallel.zero.slices import BlockFormat, Slices, wire_bytes
+from phalanx.parallel.zero.slices import Slices, wire_bytes
 from phalanx.parallel.zero.wire import Wire
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.model.plan import plan_for
 from phalanx.train.model.shapes import unit_shapes
 from phalanx.train.model.transformer import Transformer
-from tests.small import model_config
+from tests.small_run import model_config
 
 NONE, NODE, ALL = Extent
 BF16 = Formats(params=4, compute=2, reduce=2)

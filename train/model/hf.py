@@ -15,11 +15,11 @@ import torch
 from omegaconf import OmegaConf
 
 from phalanx.checkpoint.chunks import plain_chunk
-from phalanx.checkpoint.folders import complete_folders
-from phalanx.checkpoint.sources import StorageSource
-from phalanx.checkpoint.storage import open_storage
+from phalanx.checkpoint.format.folders import complete_folders
+from phalanx.checkpoint.format.writer import write_tensors
+from phalanx.checkpoint.load.sources import StorageSource
+from phalanx.checkpoint.storage.open import open_storage
 from phalanx.checkpoint.tool.places import find
-from phalanx.checkpoint.writer import write_tensors
 from phalanx.train.model.config import ModelConfig, RopeScalingConfig
 from phalanx.train.model.hf_config import from_hf_config, to_hf_config
 from phalanx.train.model.hf_weights import (

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from phalanx.checkpoint.chunks import plain_chunk
-from phalanx.checkpoint.manifest import BrokenCheckpointError
-from phalanx.checkpoint.peers import CheckpointError, Peers
-from phalanx.checkpoint.reshard import load
-from phalanx.checkpoint.reshard_plan import stored_tensors
-from phalanx.checkpoint.sources import Source
+from phalanx.checkpoint.errors import BrokenCheckpointError, CheckpointError
+from phalanx.checkpoint.load.reads import stored_tensors
+from phalanx.checkpoint.load.reshard import load
+from phalanx.checkpoint.load.sources import Source
+from phalanx.checkpoint.peers import Peers
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.model.transformer import Transformer, parameter_name
 

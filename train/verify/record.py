@@ -22,13 +22,13 @@ from phalanx.checkpoint.chunks import Chunk, chunk_of
 from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.parallel.mesh import build_mesh
 from phalanx.parallel.ranks import Ranks, process_group
-from phalanx.train.build import batch_source
-from phalanx.train.config import Config, Injection
+from phalanx.train.config import Config, Defect
 from phalanx.train.data.source import Batch
+from phalanx.train.engine.build import batch_source
+from phalanx.train.engine.step import Engine
 from phalanx.train.optim.schedule import learning_rate
-from phalanx.train.state import describe
-from phalanx.train.step import Engine
-from phalanx.train.verify.inject import StaleShard, inject, swapped
+from phalanx.train.resume.state import describe
+from phalanx.train.verify.defects import StaleShard, inject, swapped
 
 
 def record(ranks: Ranks, config: Config, folder: Path, *, first: int, save_at: int | None) -> None:
@@ -58,7 +58,7 @@ def record(ranks: Ranks, config: Config, folder: Path, *, first: int, save_at: i
         _write(_parameters(engine), engine, folder, first - 1)
         recorder = _Recorder(engine, folder)
         for step in range(first, config.verify.steps):
-            batch = source.batch(swapped(step) if defect is Injection.reorder_batch else step)
+            batch = source.batch(swapped(step) if defect is Defect.reorder_batch else step)
             recorder.step(batch, step)
             if step + 1 == save_at:
                 recorder.settle()

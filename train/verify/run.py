@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from phalanx.parallel.config import ActivationCheckpoint, ParallelConfig
-from phalanx.parallel.zero.config import Quantization, ZeroConfig
-from phalanx.train.config import Config, Injection, Precision, PrecisionConfig
+from phalanx.parallel.kernels.block_format import Quantization
+from phalanx.parallel.zero.config import ZeroConfig
+from phalanx.train.config import Config, Defect, Precision, PrecisionConfig
 from phalanx.train.optim.config import LrConfig, LrSchedule, OptimizerName
-from phalanx.train.pipeline_plan import check_pipeline
+from phalanx.train.plan.pipeline import check_pipeline
 from phalanx.train.verify.compare import Report, compare
 from phalanx.train.verify.record import record
 
@@ -24,7 +25,7 @@ def verify(config: Config, launch: Callable[..., list[Any]], *, world_size: int)
     """Run the layout of `config` and its one-process reference, and compare every number.
 
     Args:
-        launch: phalanx.launch.start.launch.
+        launch: phalanx.launch.ranks.start.launch.
         world_size: ranks of the layout.
 
     Raises:
@@ -127,7 +128,7 @@ def _in_layout(config: Config, degrees: dict[str, int], *, alone: bool) -> Confi
         zero=_zero_in(config.zero, parallel, alone=alone),
         # Its ranks are one node, whatever the layout's are.
         launch=replace(config.launch, nodes=1, emulate_nodes=False, ranks_per_node=None),
-        verify=replace(config.verify, inject=Injection.none),
+        verify=replace(config.verify, inject=Defect.none),
     )
 
 

@@ -1,0 +1,222 @@
+"""A snapshot in the holders' memory, found again by a new start of the job and read like a file."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from phalanx.checkpoint.format.table import PartTable
+from phalanx.checkpoint.holder.client import HolderClient, HolderGone
+from phalanx.checkpoint.holder.of_node import NodeHolder
+from phalanx.checkpoint.load import choice
+from phalanx.checkpoint.load.choice import Found
+from phalanx.checkpoint.peers import Peers
+
+
+class MemorySource:
+    """The parts of a snapshot; each is read by the ranks of the node that holds it."""
+
+    def __init__(self, found: Found, *, place: NodeHolder, client: HolderClient | None) -> None:
+        """`client`: of this rank's node, where that holds any of it; it is this source's then."""
+        self._found = found
+        self._place = place
+        self._client = client
+        self._tables = [PartTable.from_json(rows) for rows in found.spec["parts"]]
+        self._member = {
+            rank: member
+            for member, node in enumerate(found.spec["nodes"])
+            for rank in node["ranks"]
+        }
+        self._memory: dict[int, memoryview] = {}
+        for part, member in self._member.items():
+            node, slot = found.where[member]
+            if node == place.node.number:
+                assert client is not None
+                self._memory[part] = client.attach_member(found.epoch, member, part, slot)
+
+    def parts(self) -> list[PartTable]:
+        """Tables of the ranks that took the snapshot."""
+        return self._tables
+
+    def near(self, part: int) -> Sequence[int]:
+        """The ranks of the node whose memory it is in."""
+        return self._place.node.ranks_of(self._found.where[self._member[part]][0])
+
+    def read(self, part: int, index: int, out: memoryview) -> None:
+        """Copy an entry; the node's memory was compared with its digest before."""
+        entry = self._tables[part].entries[index]
+        out[:] = self._memory[part][entry.begin : entry.begin + entry.nbytes]
+
+    def check_unchanged(self, peers: Peers) -> None:
+        """Prove that nothing was written while it was checked and read; collective.
+
+        Ranks of the start before may still be alive (torchrun leaves them behind when it is
+        killed) and go on with newer steps in the same memory.
+
+        Raises:
+            CheckpointError: a holder has begun to overwrite it, or is gone.
+        """
+        inventories = _inventories(self._place, peers)
+
+        def look() -> None:
+            where = choice.again(inventories, self._found).where
+            if where != self._found.where:
+                raise ValueError(f"step {self._found.step} was overwritten while it was read")
+
+        peers.agree("look whether the snapshot is unchanged", look)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._memory.clear()
+        if self._client is not None:
+            self._client.close()
+
+
+def find(
+    place: NodeHolder, peers: Peers, *, without: Collection[tuple[str, int]] = (), durable: int = -1
+) -> tuple[Found | None, list[str]]:
+    """The newest snapshot that the nodes' holders can give, and why newer ones cannot; collective.
+
+    Nothing is read yet: see `recover`; and `choice.newest` for the arguments.
+    """
+    found, reasons = choice.newest(_inventories(place, peers), without=without, durable=durable)
+    if found is not None:
+        found = replace(found, spec=found.spec | {"parts": _parts(found, place=place, peers=peers)})
+    return found, reasons
+
+
+def _parts(found: Found, *, place: NodeHolder, peers: Peers) -> list[Any]:
+    """The tables of all ranks that took the snapshot, from one of the holders that have them."""
+    first = min(node for node, _ in found.where.values())
+
+    def ask() -> list[Any]:
+        if not place.node.leader or place.node.number != first:
+            return []
+        inventory = _inventory(place)
+        if inventory is None:
+            raise HolderGone("the holder has died")
+        epochs = {item["epoch"]: item["spec"] for item in inventory["epochs"]}
+        if found.epoch not in epochs:
+            raise HolderGone(f"the holder has let go of epoch {found.epoch}")
+        return list(epochs[found.epoch]["parts"])
+
+    answers = peers.agree("read the snapshot's tables", ask)
+    return answers[place.node.leaders[first]]
+
+
+def _inventory(place: NodeHolder) -> dict[str, Any] | None:
+    """What this node's holder has; None where there is none, or it is just ending."""
+    try:
+        with place.connect() as client:
+            return client.inventory()
+    except HolderGone:
+        return None
+
+
+def _inventories(place: NodeHolder, peers: Peers) -> list[dict[str, Any] | None]:
+    """What each node's holder has, by node; None where there is no holder.
+
+    Without the parts' tables: of n nodes, each would tell all others those of all n.
+    """
+
+    def ask() -> dict[str, Any] | None:
+        inventory = _inventory(place) if place.node.leader else None
+        for item in inventory["epochs"] if inventory else ():
+            item["spec"] = {key: of for key, of in item["spec"].items() if key != "parts"}
+        return inventory
+
+    answers = peers.agree("ask the holders", ask)
+    return [answers[rank] for rank in place.node.leaders]
+
+
+def recover(found: Found, *, place: NodeHolder, peers: Peers) -> MemorySource:
+    """Make a snapshot readable: check every node's memory, rebuild what is lost; collective.
+
+    Raises:
+        CheckpointError: more of it is lost than parity makes up for.
+    """
+    found = _without_damaged(found, place=place, peers=peers)
+    if found.lost:
+        found = _rebuild(found, place=place, peers=peers)
+    source: list[MemorySource] = []
+
+    def attach() -> None:
+        holds = any(node == place.node.number for node, _ in found.where.values())
+        source.append(MemorySource(found, place=place, client=place.connect() if holds else None))
+
+    peers.agree("attach to the snapshot", attach)
+    return source[0]
+
+
+def _without_damaged(found: Found, *, place: NodeHolder, peers: Peers) -> Found:
+    """Count members whose bytes no longer have their digest as lost.
+
+    Raises:
+        CheckpointError: then more are lost than can be.
+    """
+
+    def damaged() -> list[int]:
+        mine = [m for m, (node, _) in found.where.items() if node == place.node.number]
+        if not place.node.leader or not mine:
+            return []
+        with place.connect() as client:
+            return [m for m in mine if not client.verify(found.epoch, m, found.where[m][1])]
+
+    bad = {m for part in peers.agree("check the snapshot", damaged) for m in part}
+    if not bad:
+        return found
+
+    def check() -> Found:
+        left = {m: place_ for m, place_ in found.where.items() if m not in bad}
+        lost = tuple(sorted({*found.lost, *bad}))
+        for group in found.spec["groups"]:
+            gone = [m for m in group if m in lost]
+            if len(gone) > found.spec["parity"]:
+                raise ValueError(
+                    f"the snapshot of step {found.step} is damaged in nodes {sorted(bad)}, more "
+                    f"than its parity ({found.spec['parity']} of a group) makes up for"
+                )
+        return replace(found, where=left, lost=lost)
+
+    return peers.agree("check the snapshot", check)[0]
+
+
+def _rebuild(found: Found, *, place: NodeHolder, peers: Peers) -> Found:
+    """Have lost members rebuilt from the rest of their groups, on the nodes that hold least."""
+    homes = choice.new_homes(found, place.node.count)
+
+    def listen() -> Any:
+        """Where this node's holder, started if it was lost, is reached."""
+        if not place.node.leader:
+            return None
+        with place.start_holder() as client:
+            return client.listen(place.node.host)
+
+    answers = peers.agree("start the holders", listen)
+    address = [answers[rank] for rank in place.node.leaders]
+
+    def rebuild() -> None:
+        mine = [m for m, node in homes.items() if node == place.node.number]
+        if not place.node.leader or not mine:
+            return
+        with place.connect() as client:
+            for member in mine:
+                group = next(g for g in found.spec["groups"] if member in g)
+                client.rebuild(
+                    found.spec,
+                    member=member,
+                    step=found.step,
+                    meta=found.meta,
+                    digests=found.digests,
+                    sources={m: address[found.where[m][0]] for m in group if m in found.where},
+                )
+
+    peers.agree("rebuild the lost nodes' snapshots", rebuild)
+    inventories = _inventories(place, peers)
+
+    def look() -> Found:
+        rebuilt = choice.again(inventories, found)
+        if rebuilt.lost:
+            raise ValueError(f"nodes {rebuilt.lost} were lost while others were rebuilt")
+        return rebuilt
+
+    return peers.agree("look for the rebuilt snapshot", look)[0]

@@ -1,0 +1,347 @@
+"""Snapshots of a run's state in host memory, taken while training goes on.
+
+`take` only remembers what is to be copied. A thread copies it to the holder's memory while the next
+forward and backward run (parameters and optimizer states do not change meanwhile); the only wait is
+`before_update`. Then the holders send and fold parity, and when every rank says that its node has
+all of it, the snapshot is committed. Until then the one before stands.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phalanx.checkpoint.chunks import Chunk
+from phalanx.checkpoint.errors import CheckpointError, StorageBusyError
+from phalanx.checkpoint.holder.of_node import NodeHolder
+from phalanx.checkpoint.peers import Peers
+from phalanx.checkpoint.snapshot.copier import Copier
+from phalanx.checkpoint.snapshot.epoch import Epoch, open_epoch
+from phalanx.checkpoint.snapshot.request import NO_WORK, Request, Taken
+
+
+class Snapshots:
+    """Takes snapshots of one rank; every method but `before_update` and `release` is collective."""
+
+    def __init__(
+        self, place: NodeHolder, *, group: dist.ProcessGroup, device: torch.device
+    ) -> None:
+        """`group`: a gloo group of all ranks that nothing else uses."""
+        self._place = place
+        self._peers = Peers(group)
+        self._device = device
+        self._copier = Copier(device)
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="snapshot", initializer=self._copier.enter
+        )
+        self._epoch: Epoch | None = None
+        self._broken = False
+        self._last_step = -1
+        self._newest: Taken | None = None
+        """The newest committed one."""
+        self._pinned: list[tuple[str, int]] = []
+        """Epochs and slots of those on their way to storage; known on a node's first rank."""
+        self._older: set[str] = set()
+        """Epochs that the node's holder can let go of; known on a node's first rank."""
+        self._freed = threading.Condition()
+        """Around `_pinned`."""
+        self._request: Request | None = None
+        self._eager: dict[str, Tensor] = {}
+        self.on_open: Callable[[Epoch], None] = lambda epoch: None
+        """Called in the thread with every epoch that was opened."""
+        self.on_lost: Callable[[int], None] = lambda step: None
+        """Called in the thread with the step before whose snapshot a node's holder was missed."""
+
+    def prepare(self, chunks: Mapping[str, Chunk]) -> None:
+        """Reserve all memory now, so that what cannot work fails before training begins.
+
+        Raises:
+            CheckpointError: see `open_epoch`.
+        """
+        self._thread.submit(self._open, chunks).result()
+
+    def take(
+        self,
+        step: int,
+        chunks: Callable[[], dict[str, Chunk]],
+        *,
+        eager: Mapping[str, Chunk],
+        meta: Mapping[str, Any],
+        durable: bool = False,
+        may_skip: bool = False,
+    ) -> "Future[Taken]":
+        """Begin the snapshot of `step`; returns at once.
+
+        The tensors that `chunks` gives (asked in the thread) must not change before `before_update`
+        was called; those behind `eager` may, they are copied here.
+
+        Args:
+            durable: keep the slot as it is until `release`, on every node's first rank. Of the
+                step that was snapshotted last, that snapshot is kept.
+            may_skip: where another one is kept, this one is taken without (Taken.durable), or,
+                where snapshots are for storage alone, not at all (StorageBusyError): the slot that
+                is left is for one that may not be skipped, which waits for none.
+        """
+        self.before_update()
+        request = Request(
+            step=step,
+            chunks=chunks,
+            eager=self._copied(eager),
+            ready=self._copier.mark(),
+            meta=meta,
+            durable=durable,
+            may_skip=may_skip,
+        )
+        self._request = request
+        return self._thread.submit(self._run, request)
+
+    def before_update(self) -> float:
+        """Wait until what `take` was given may change; returns the seconds it took.
+
+        On CUDA the current stream waits, and the caller only until all copies were started.
+        """
+        request, self._request = self._request, None
+        if request is None:
+            return 0.0
+        start = time.perf_counter()
+        request.copied.wait()
+        if request.issued is not None:
+            torch.cuda.current_stream(self._device).wait_event(request.issued)
+        return time.perf_counter() - start
+
+    def release(self, taken: Taken) -> None:
+        """Let a slot be used again that `take` kept."""
+        with self._freed:
+            self._pinned.remove((taken.epoch.name, taken.slot))
+            self._freed.notify_all()
+
+    def close(self) -> None:
+        """End the thread, once it has done what it was asked, and let go of the memory."""
+        self._thread.shutdown()
+        self._copier.unpin()
+        if self._epoch is not None:
+            self._epoch.close()
+            self._epoch = None
+
+    def _copied(self, eager: Mapping[str, Chunk]) -> dict[str, Chunk]:
+        copies: dict[str, Chunk] = {}
+        for name, chunk in eager.items():
+            buffer = self._eager.get(name)
+            if (
+                buffer is None
+                or buffer.shape != chunk.local.shape
+                or buffer.dtype != chunk.local.dtype
+            ):
+                buffer = self._eager[name] = torch.empty_like(chunk.local)
+            buffer.copy_(chunk.local)
+            copies[name] = Chunk(local=buffer, size=chunk.size, offsets=chunk.offsets)
+        return copies
+
+    # --- in the thread ----------------------------------------------------------------------------
+
+    def _open(self, chunks: Mapping[str, Chunk]) -> Epoch:
+        if self._epoch is not None:
+            self._epoch.close()
+            self._epoch = None
+        epoch = open_epoch(chunks, place=self._place, peers=self._peers, copier=self._copier)
+        self._epoch, self._broken = epoch, False
+        self.on_open(epoch)
+        return epoch
+
+    def _run(self, request: Request) -> Taken:
+        try:
+            chunks, error = self._found(request)
+            held = self._held(request)
+            anew, slot = self._agree(request, chunks, error, held=held is not None)
+            if held is not None and not anew:
+                taken = replace(held, durable=request.durable, **NO_WORK)
+            else:
+                epoch = self._open(chunks) if anew else self._epoch
+                assert epoch is not None
+                taken = self._newest = self._take(request, chunks, epoch, slot)
+            if taken.durable and self._place.node.leader:
+                with self._freed:
+                    self._pinned.append((taken.epoch.name, taken.slot))
+            return taken
+        except StorageBusyError:
+            raise
+        except Exception:
+            self._broken = True
+            raise
+        finally:
+            request.copied.set()
+
+    def _held(self, request: Request) -> Taken | None:
+        """The snapshot of the step, where it was taken before and is now for storage."""
+        newest = self._newest
+        if newest is None or newest.epoch is not self._epoch or not request.durable:
+            return None
+        return newest if newest.step == request.step else None
+
+    def _found(self, request: Request) -> tuple[dict[str, Chunk], Exception | None]:
+        """What is to be copied, or why that is not known."""
+        try:
+            return request.chunks() | request.eager, None
+        except Exception as error:  # told to the other ranks, which would wait for this one
+            return {}, error
+
+    def _agree(
+        self,
+        request: Request,
+        chunks: Mapping[str, Chunk],
+        error: Exception | None,
+        *,
+        held: bool,
+    ) -> tuple[bool, int]:
+        """Whether every rank begins a new epoch for this snapshot, and the slot that all use."""
+        epoch, step = self._epoch, request.step
+        again = step <= self._last_step and not held  # steps of an epoch only grow
+        gone = epoch is not None and not self._broken and epoch.client.gone
+        stale = again or gone or self._broken or epoch is None or not epoch.fits(chunks)
+        self._last_step = step
+        kept = request.durable and not request.may_skip
+        choosing = self._peers.rank == 0 and not stale and not held
+        slot = self._free_slot(wait=kept) if choosing else 0
+        full = request.durable and not kept and bool(self._pinned)
+        mine = [stale, gone, slot, error is not None, full]
+        anew, lost, slot, failed, busy = self._reduce(mine, dist.ReduceOp.MAX)
+        if failed:
+            self._fail(step, error)
+        if busy:
+            request.durable = False
+        if lost:
+            self.on_lost(step)
+        if not anew and (slot == self._place.slots or (busy and self._place.slots < 3)):
+            raise StorageBusyError(f"step {step}: storage has not yet written the one before")
+        return bool(anew), slot
+
+    def _free_slot(self, *, wait: bool) -> int:
+        """A slot that holds neither the committed snapshot nor one that is on its way to storage;
+        the number behind the last where there is none and that is not to be waited for. Rank 0
+        decides for all."""
+        assert self._epoch is not None
+        slots, newest = self._place.slots, self._newest
+        with self._freed:
+            while True:
+                used = {slot for name, slot in self._pinned if name == self._epoch.name}
+                if newest is not None and newest.epoch is self._epoch:
+                    used.add(newest.slot)
+                free = min(set(range(slots)) - used, default=slots)
+                if free < slots or not wait:
+                    return free
+                self._freed.wait()
+
+    def _take(
+        self, request: Request, chunks: Mapping[str, Chunk], epoch: Epoch, slot: int
+    ) -> Taken:
+        """Copy, protect, commit."""
+        error: Exception | None = None
+        try:
+            self._copy(request, epoch.sources(chunks), epoch, slot)
+        except Exception as caught:
+            error = caught
+        finally:
+            request.copied.set()
+        copied = time.perf_counter()
+        self._all_or_none(request.step, error)
+        work: dict[str, Any] = {"digest": 0, "encode_s": 0.0, "sent_s": 0.0, "sent_bytes": 0}
+        node = self._place.node
+        if node.leader:
+            try:
+                work = epoch.client.protect(epoch.name, slot, request.step)
+            except Exception as caught:
+                error = caught
+        protected = time.perf_counter()
+        digests = [0] * node.count
+        if node.leader:
+            digests[node.number] = _signed(work["digest"])
+        *digests, failed = self._reduce([*digests, error is not None], dist.ReduceOp.SUM)
+        if failed:
+            self._fail(request.step, error)
+        if node.leader:
+            try:
+                self._commit(request, epoch, slot, [digest % 2**64 for digest in digests])
+            except Exception as caught:
+                error = caught
+        self._all_or_none(request.step, error)  # nobody writes to storage what another gave up
+        return Taken(
+            step=request.step,
+            epoch=epoch,
+            slot=slot,
+            durable=request.durable,
+            meta=dict(request.meta),
+            time=time.time(),
+            bytes=epoch.table.nbytes,
+            copy_s=copied - request.start,
+            protect_s=protected - copied if node.leader else 0.0,
+            encode_s=work["encode_s"],
+            sent_s=work["sent_s"],
+            sent_bytes=work["sent_bytes"],
+        )
+
+    def _copy(self, request: Request, sources: list[Tensor], epoch: Epoch, slot: int) -> None:
+        rank, client = self._peers.rank, epoch.client
+        client.begin(epoch.name, slot, request.step)
+
+        def issued(event: "torch.cuda.Event | None") -> None:
+            request.issued = event
+            request.copied.set()
+
+        self._copier.copy(
+            sources,
+            epoch.memory[slot],
+            ready=request.ready,
+            on_issued=issued,
+            on_bytes=lambda done: client.filled(epoch.name, rank, slot, done),
+        )
+        if not epoch.table.nbytes:
+            client.filled(epoch.name, rank, slot, 0)
+
+    def _commit(self, request: Request, epoch: Epoch, slot: int, digests: list[int]) -> None:
+        client = epoch.client
+        meta = {**request.meta, "time": time.time()}
+        client.commit(epoch.name, slot, request.step, digests=digests, meta=meta)
+        if epoch.first:
+            self._older = {item["epoch"] for item in client.inventory()["epochs"]} - {epoch.name}
+            epoch.first = False
+        with self._freed:  # what is on its way to storage stays until a later commit
+            idle = self._older - {name for name, _ in self._pinned}
+        for name in idle:
+            client.forget(name)
+            self._older.discard(name)
+
+    def _all_or_none(self, step: int, error: Exception | None) -> None:
+        """Fail on every rank where one failed.
+
+        Raises:
+            CheckpointError: says which, and why.
+        """
+        if self._reduce([error is not None], dist.ReduceOp.MAX)[0]:
+            self._fail(step, error)
+
+    def _fail(self, step: int, error: Exception | None) -> NoReturn:
+        """Tell all ranks which failed, and why."""
+
+        def raise_mine() -> None:
+            if error is not None:
+                raise error
+
+        self._peers.agree(f"snapshot of step {step}", raise_mine)
+        raise CheckpointError(f"snapshot of step {step}: a rank failed without saying why")
+
+    def _reduce(self, values: list[Any], op: Any) -> list[int]:
+        tensor = torch.tensor([int(value) for value in values], dtype=torch.int64)
+        if self._peers.size > 1:
+            dist.all_reduce(tensor, op=op, group=self._peers.group)
+        return [int(value) for value in tensor.tolist()]
+
+
+def _signed(number: int) -> int:
+    """A 64-bit number as int64 holds it; each node adds its own to zeros, so nothing overflows."""
+    return number - 2**64 if number >= 2**63 else number
