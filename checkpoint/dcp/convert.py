@@ -1,6 +1,6 @@
 """Checkpoints from and to torch.distributed.checkpoint's folders, in one process, box by box.
 
-No foreign code runs: of `.metadata` see `dcp_reader`, tensors are read with `weights_only=True`,
+No foreign code runs: of `.metadata` see `reader`, tensors are read with `weights_only=True`,
 and objects that are no tensors are left out.
 """
 
