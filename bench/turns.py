@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.fault.signals import StopRequest
 from phalanx.parallel.ranks import Ranks
 from phalanx.train.config import Config
@@ -114,14 +115,12 @@ def take_turns(sides: dict[str, Side], ranks: Ranks, *, rounds: int, steps: int)
 
 
 def quiet(config: Config, folder: Path, *, steps: int) -> Config:
-    """The run of `steps` steps or more in a folder that goes away, without checkpoints,
+    """The run of `steps` steps or more in a folder that goes away, without snapshots, checkpoints,
     evaluation or progress lines."""
     return replace(
         config,
         run=replace(config.run, dir=str(folder)),
-        checkpoint=replace(
-            config.checkpoint, dir=str(folder / "checkpoints"), every=0, save_last=False
-        ),
+        checkpoint=CheckpointConfig(dir=str(folder / "checkpoints"), save_last=False),
         monitor=replace(config.monitor, progress=False),
         training=replace(config.training, steps=max(config.training.steps, steps)),
     )
