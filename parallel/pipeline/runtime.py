@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from phalanx.parallel.comm_meter import CommMeter
 from phalanx.parallel.executor import Inputs, LossFn
 from phalanx.parallel.pipeline.channels import Channels
-from phalanx.parallel.pipeline.cut import forwards_before_backward
+from phalanx.parallel.pipeline.forwards_first import forwards_before_backward
 from phalanx.parallel.pipeline.graph import Kind, Op, Schedule
 from phalanx.parallel.pipeline.traffic import needed_by, result_of, sent_by, traffic
 from phalanx.parallel.pipeline.wgrad import WeightGradientStore

@@ -2,7 +2,7 @@
 
 import pytest
 
-from phalanx.parallel.pipeline.cut import forwards_before_backward
+from phalanx.parallel.pipeline.forwards_first import forwards_before_backward
 from phalanx.parallel.pipeline.graph import Kind, Op, Schedule, loop_placement, v_placement
 from phalanx.parallel.pipeline.schedules.registry import GENERATORS, make_schedule
 

@@ -6,18 +6,18 @@ import random
 import pytest
 
 from phalanx.parallel.pipeline.graph import Kind, Schedule, loop_placement, v_placement
-from phalanx.parallel.pipeline.search import best_order, best_schedule, least_memory
-from phalanx.parallel.pipeline.search.bound import lower_bound
-from phalanx.parallel.pipeline.search.plan import (
+from phalanx.parallel.pipeline.order.plan import (
     Block,
     one_by_one,
     repeat,
     with_late_weights,
     without_weights,
 )
-from phalanx.parallel.pipeline.search.problem import Problem
-from phalanx.parallel.pipeline.search.replay import Replay
-from phalanx.parallel.pipeline.search.squeeze import Rule, squeeze
+from phalanx.parallel.pipeline.order.problem import Problem
+from phalanx.parallel.pipeline.order.replay import Replay
+from phalanx.parallel.pipeline.order.squeeze import Rule, squeeze
+from phalanx.parallel.pipeline.search import best_order, best_schedule, least_memory
+from phalanx.parallel.pipeline.search.bound import lower_bound
 from phalanx.parallel.pipeline.simulate import Costs, Memory, report, simulate
 from phalanx.parallel.pipeline.validate import validate
 

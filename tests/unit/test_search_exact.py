@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from phalanx.parallel.pipeline.graph import loop_placement, v_placement
+from phalanx.parallel.pipeline.order.problem import Problem
 from phalanx.parallel.pipeline.search import best_order, least_memory
 from phalanx.parallel.pipeline.search.bound import lower_bound
-from phalanx.parallel.pipeline.search.exact import proven_best
-from phalanx.parallel.pipeline.search.problem import Problem
 from phalanx.parallel.pipeline.simulate import Costs, Memory, simulate
 from phalanx.parallel.pipeline.validate import validate
+from tests.parallel.pipeline.search.exact import proven_best
 
 COSTS = [(1, 1, 1, 0), (10, 12, 8, 2), (10, 10, 4, 0)]
 LIMITS = [0.5, 0.75, 1.0, 1.5, 2.0]
@@ -111,8 +111,8 @@ def test_no_proof_in_time() -> None:
         )
 
 
-def test_without_or_tools_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_or_tools_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
     costs, memory = Costs.uniform(1, 1, 1, num_stages=2), Memory.uniform(2, -1, -1, num_stages=2)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'phalanx-train\[exact\]'"):
+    with pytest.raises(ModuleNotFoundError, match="pip install ortools"):
         proven_best((0, 1), num_microbatches=2, costs=costs, memory=memory)

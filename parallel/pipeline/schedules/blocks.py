@@ -9,9 +9,10 @@ idle slots, moves operations earlier while the peak holds, and places the W.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from phalanx.parallel.pipeline.graph import Kind, Op, Schedule
-from phalanx.parallel.pipeline.schedules.refine import peak, refine
-from phalanx.parallel.pipeline.simulate import Costs
+from phalanx.parallel.pipeline.graph import Kind, Schedule
+from phalanx.parallel.pipeline.order.problem import KINDS, Problem, Word
+from phalanx.parallel.pipeline.schedules.refine import refine
+from phalanx.parallel.pipeline.simulate import Costs, Memory
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,21 @@ class Block:
         """Slots from one microbatch to the next: F, B and W of each of a rank's stages."""
         return 3 * self.placement.count(0)
 
-    def repeat(self, num_microbatches: int) -> list[list[Op]]:
-        """Orders of F, B and W, one a rank.
+    def repeat(self, num_microbatches: int) -> list[Word]:
+        """Words of F, B and W, one a rank.
 
         Raises:
             ValueError: operations of a rank share a slot when the block is repeated.
         """
-        orders = []
+        words = []
         for rank in range(max(self.placement) + 1):
             ops = [
-                (slot + self.period * i, Op(stage, kind, i))
+                (slot + self.period * i, KINDS.index(kind) * len(self.placement) + stage)
                 for stage, kind, slot in self._slots(rank)
                 for i in range(num_microbatches)
             ]
-            orders.append([op for _, op in sorted(ops)])
-        return orders
+            words.append([letter for _, letter in sorted(ops)])
+        return words
 
     def _slots(self, rank: int) -> list[tuple[int, Kind, int]]:
         """Stage, kind and slot of a rank's operations; a W has the first free slot after its B."""
@@ -79,11 +80,22 @@ def from_block(
         ValueError: the block cannot be repeated, or not within that peak.
     """
     plan = block.repeat(num_microbatches)
-    least = max(peak(order, Kind.B) for order in plan)
+    num_stages = len(block.placement)
+    least = max(_peak(word, num_stages) for word in plan)
     if least > peak_stages:
         raise ValueError(
             f"schedule {name}: its block holds {least} stages' activations; "
             f"a peak of {peak_stages} is too little"
         )
-    orders, _ = refine(plan, block.placement, costs, peak_stages)
-    return Schedule.of(name, block.placement, num_microbatches, orders)
+    held = Memory((1.0,) * num_stages, (0.0,) * num_stages, (-1.0,) * num_stages)
+    problem = Problem(tuple(block.placement), num_microbatches, costs, held, float(peak_stages))
+    return problem.schedule(name, refine(problem, plan))
+
+
+def _peak(word: Word, num_stages: int) -> int:
+    """Most stages' activations that a rank holds, each from F to B."""
+    held = most = 0
+    for letter in word:
+        held += (letter < num_stages) - (num_stages <= letter < 2 * num_stages)
+        most = max(most, held)
+    return most

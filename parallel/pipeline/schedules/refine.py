@@ -1,14 +1,14 @@
-"""The best of many reorderings of a plan.
+"""The best of many squeezings of a plan.
 
 The weight gradients start from where the plan has them, from as late as they fit, and from nowhere
-(into gaps); each start is run under several rules, and the best orders are plans for another round.
+(into gaps); each start is squeezed under several rules, and the best words are plans for another
+round.
 """
 
-from collections.abc import Sequence
-
-from phalanx.parallel.pipeline.graph import Kind, Op
-from phalanx.parallel.pipeline.schedules.reorder import Plan, Rule, reorder
-from phalanx.parallel.pipeline.simulate import Costs
+from phalanx.parallel.pipeline.order.plan import Plan, with_late_weights
+from phalanx.parallel.pipeline.order.problem import Problem, Word
+from phalanx.parallel.pipeline.order.replay import Replay
+from phalanx.parallel.pipeline.order.squeeze import Rule, squeeze
 
 _FIRST_RULES: tuple[tuple[float, float, float | None], ...] = (
     (0, 0, None),
@@ -49,80 +49,65 @@ _FEWEST_RUNS = 12
 and how many runs there may be at least. (Counted, not timed: every rank must find the same.)"""
 
 
-def refine(
-    plan: Plan, placement: Sequence[int], costs: Costs, most: int
-) -> tuple[list[list[Op]], float]:
-    """Orders of F, B and W, and the longest time from a rank's first operation to its last.
+def refine(problem: Problem, plan: Plan) -> list[Word]:
+    """Words of F, B and W whose longest stage is the shortest that was found.
 
-    `plan` has F, B and W and keeps to `most` activations, as in `reorder`, if each W comes right
-    after its B.
+    `plan` has F, B and W, and keeps to the problem's limit if each W comes right after its B.
     """
-    left = max(_OPERATIONS // sum(len(order) for order in plan), _FEWEST_RUNS)
-    least = max(sum(costs.of(op) for op in order) for order in plan)
-    best: tuple[float, list[list[Op]]] | None = None
+    replay = Replay(problem)
+    left = max(_OPERATIONS // sum(map(len, plan)), _FEWEST_RUNS)
+    least, aim = max(problem.work), float("inf")
+    best: list[Word] = []
     plans = [plan]
     for _ in range(_ROUNDS):
-        if best is not None and best[0] <= least * (1 + 1e-9):
-            break
-        starts = [start for plan in plans for start in _starts(plan, most)]
-        found = []
-        aim = float("inf") if best is None else best[0]
-        for start, rule in [
+        starts = [start for plan in plans for start in _starts(problem, plan)]
+        runs = [
             (start, rule)
             for rules in (_FIRST_RULES, _MORE_RULES)
             for start in starts
             for rule in rules
-        ][: max(left, 0)]:
-            left -= 1
-            patience, weight_patience, share = rule
-            target = None if share is None else least + share * (aim - least)
-            orders, span = reorder(
-                start, placement, costs, most, Rule(patience, weight_patience, target)
-            )
-            found.append((span, orders))
-            aim = min(aim, span)
+        ]
+        found, before = [], aim
+        for start, (patience, weight_patience, share) in runs[: max(left, 0)]:
+            target = float("inf") if share is None else least + share * (aim - least)
+            words = squeeze(problem, start, Rule(patience, weight_patience, target=target))
+            found.append((_longest_stage(replay, words), words))
+            aim = min(aim, found[-1][0])
+        left -= len(runs)
         found.sort(key=lambda pair: pair[0])
-        if best is not None and (not found or found[0][0] >= best[0] * (1 - 1e-9)):
+        if not found or aim >= before * (1 - 1e-9):
             break
-        best = found[0]
-        plans = _distinct([orders for _, orders in found])
-    assert best is not None
-    return best[1], best[0]
+        best = found[0][1]
+        if aim <= least * (1 + 1e-9):
+            break
+        plans = _distinct([words for _, words in found])
+    assert best
+    return best
 
 
-def peak(order: Sequence[Op], frees: Kind = Kind.W) -> int:
-    """Most stages' activations that a rank holds, each from F to B or to W."""
-    held = most = 0
-    for op in order:
-        held += (op.kind is Kind.F) - (op.kind is frees)
-        most = max(most, held)
-    return most
+def _longest_stage(replay: Replay, words: list[Word]) -> float:
+    orders = [replay.operations(word) for word in words]
+    ends = replay.run(orders)
+    assert ends is not None, "squeezed words that wait for each other"
+    return max(replay.spans(orders, ends))
 
 
-def _starts(plan: Plan, most: int) -> list[Plan]:
-    without = [[op for op in order if op.kind is not Kind.W] for order in plan]
-    late = [_with_late_weights(order, most) for order in without]
-    kept = [plan] if max(peak(order) for order in plan) <= most else []
-    return [without, late, *kept]
+def _starts(problem: Problem, plan: Plan) -> list[Plan]:
+    without = [[x for x in word if x < 2 * problem.num_stages] for word in plan]
+    kept = [plan] if all(_keeps_limit(problem, word) for word in plan) else []
+    return [without, with_late_weights(problem, without), *kept]
 
 
-def _with_late_weights(order: Sequence[Op], most: int) -> list[Op]:
-    """Add the W to a rank's F and B, each when memory is full and what is left at the end."""
-    result: list[Op] = []
-    waiting: list[Op] = []
-    held = 0
-    for op in order:
-        if op.kind is Kind.B:
-            waiting.append(Op(op.stage, Kind.W, op.microbatch))
-        elif held == most:
-            result.append(waiting.pop(0))
-        else:
-            held += 1
-        result.append(op)
-    return result + waiting
+def _keeps_limit(problem: Problem, word: Word) -> bool:
+    held = 0.0
+    for x in word:
+        held += problem.delta[x]
+        if held > problem.limit:
+            return False
+    return True
 
 
-def _distinct(plans: list[list[list[Op]]]) -> list[Plan]:
+def _distinct(plans: list[list[Word]]) -> list[Plan]:
     kept: list[Plan] = []
     for plan in plans:
         if plan not in kept:

@@ -1,7 +1,8 @@
-"""Search for the best schedule of given costs within a memory limit; proof of it for small cases.
+"""Search for the best schedule of given costs within a memory limit.
 
-The way of a search: plans (`plan.py`) are drawn (`scout.py`), run in time (`squeeze.py`), again
-under other rules (`rounds.py`), and changed here and there (`anneal.py`). `exact.py` proves.
+The way of a search: plans (`order/plan.py`) are drawn (`scout.py`), run in time
+(`order/squeeze.py`), again under other rules (`rounds.py`), and changed here and there
+(`anneal.py`).
 """
 
 from phalanx.parallel.pipeline.search.auto import best_order, best_schedule, least_memory

@@ -10,9 +10,9 @@ sinks (simulated annealing), by a seeded generator: the same input gives the sam
 import math
 import random
 
+from phalanx.parallel.pipeline.order.problem import Problem, Word
+from phalanx.parallel.pipeline.order.replay import Replay
 from phalanx.parallel.pipeline.search.mend import mend
-from phalanx.parallel.pipeline.search.problem import Problem, Word
-from phalanx.parallel.pipeline.search.replay import Replay
 
 _MEAN_WEIGHT = 0.05
 """How much the mean of the stages' spans counts beside the longest: shows the way on a plateau."""

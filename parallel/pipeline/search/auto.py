@@ -7,7 +7,7 @@ the lower peak.
 """
 
 from phalanx.parallel.pipeline.graph import Schedule, loop_placement, v_placement
-from phalanx.parallel.pipeline.search.problem import Problem
+from phalanx.parallel.pipeline.order.problem import Problem
 from phalanx.parallel.pipeline.search.rounds import Search
 from phalanx.parallel.pipeline.simulate import Costs, Memory, report
 from phalanx.parallel.pipeline.validate import validate

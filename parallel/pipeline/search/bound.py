@@ -1,6 +1,6 @@
 """What no order can beat: a lower bound of the longest stage."""
 
-from phalanx.parallel.pipeline.search.problem import Problem
+from phalanx.parallel.pipeline.order.problem import Problem
 
 
 def lower_bound(problem: Problem) -> float:

@@ -6,9 +6,9 @@ hardly matters. So the search works on a short schedule, where it is quick, and 
 
 from collections.abc import Iterator
 
+from phalanx.parallel.pipeline.order.problem import Problem, Word
+from phalanx.parallel.pipeline.order.replay import Replay
 from phalanx.parallel.pipeline.search.mend import mend
-from phalanx.parallel.pipeline.search.problem import Problem, Word
-from phalanx.parallel.pipeline.search.replay import Replay
 
 
 def lengthen(short: Replay, words: list[Word], problem: Problem) -> Iterator[list[Word]]:

@@ -1,6 +1,6 @@
 """Making a changed word possible again, where that is easy."""
 
-from phalanx.parallel.pipeline.search.problem import Problem, Word
+from phalanx.parallel.pipeline.order.problem import Problem, Word
 
 
 def mend(problem: Problem, word: Word) -> bool:

@@ -3,20 +3,20 @@
 from dataclasses import replace
 from itertools import product
 
-from phalanx.parallel.pipeline.search.anneal import Anneal
-from phalanx.parallel.pipeline.search.bound import lower_bound
-from phalanx.parallel.pipeline.search.lengthen import lengthen
-from phalanx.parallel.pipeline.search.plan import (
+from phalanx.parallel.pipeline.order.plan import (
     Block,
     Plan,
     one_by_one,
     with_late_weights,
     without_weights,
 )
-from phalanx.parallel.pipeline.search.problem import Problem, Word
-from phalanx.parallel.pipeline.search.replay import Replay
+from phalanx.parallel.pipeline.order.problem import Problem, Word
+from phalanx.parallel.pipeline.order.replay import Replay
+from phalanx.parallel.pipeline.order.squeeze import Rule, squeeze
+from phalanx.parallel.pipeline.search.anneal import Anneal
+from phalanx.parallel.pipeline.search.bound import lower_bound
+from phalanx.parallel.pipeline.search.lengthen import lengthen
 from phalanx.parallel.pipeline.search.scout import fitting, scout
-from phalanx.parallel.pipeline.search.squeeze import Rule, squeeze
 
 _SQUEEZED_PER_S = 600_000
 """Operations that `squeeze` places in a second; effort is counted in them, not timed, so that every

@@ -6,10 +6,10 @@ How good a block is shows where a schedule begins and ends, so a shorter schedul
 import random
 from dataclasses import replace
 
-from phalanx.parallel.pipeline.search.plan import Block, Plan, repeat
-from phalanx.parallel.pipeline.search.problem import Problem
-from phalanx.parallel.pipeline.search.replay import Replay
-from phalanx.parallel.pipeline.search.squeeze import Rule, squeeze
+from phalanx.parallel.pipeline.order.plan import Block, Plan, repeat
+from phalanx.parallel.pipeline.order.problem import Problem
+from phalanx.parallel.pipeline.order.replay import Replay
+from phalanx.parallel.pipeline.order.squeeze import Rule, squeeze
 
 _KNOWN = {
     2: (Block((0, 1)), Block((1, 1)), Block((0, 2)), Block((1, 2)), Block((0, 0))),

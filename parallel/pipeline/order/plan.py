@@ -8,7 +8,7 @@ absorb hops and uneven times, quick ones spare it.
 
 from dataclasses import dataclass
 
-from phalanx.parallel.pipeline.search.problem import Problem
+from phalanx.parallel.pipeline.order.problem import Problem
 
 Plan = list[list[int]]
 """Order of F and B on each rank, in letters, as if every W came right after its B; or of all."""

@@ -1,6 +1,6 @@
 """Replay of words, as `pipeline/simulate.py` does of schedules, thousands of times a second."""
 
-from phalanx.parallel.pipeline.search.problem import Problem, Word
+from phalanx.parallel.pipeline.order.problem import Problem, Word
 
 _NEVER = float("inf")
 

@@ -5,7 +5,7 @@ place of order bits: ranks run one operation at a time, the chains of F and of B
 is a reservoir that each operation's start fills or drains. As everywhere in this package a stage
 takes its microbatches in order, and a rank starts when its first input has arrived.
 
-Needs OR-tools: the extra `exact`.
+Needs OR-tools.
 """
 
 from fractions import Fraction
@@ -13,7 +13,7 @@ from math import floor, lcm
 from typing import Any
 
 from phalanx.parallel.pipeline.graph import Kind, Op, Schedule
-from phalanx.parallel.pipeline.search.problem import KINDS, Problem
+from phalanx.parallel.pipeline.order.problem import KINDS, Problem
 from phalanx.parallel.pipeline.simulate import Costs, Memory
 from phalanx.parallel.pipeline.validate import validate
 
@@ -56,9 +56,7 @@ def _solve(problem: Problem, limit: float | None, time_limit_s: float) -> tuple[
     try:
         from ortools.sat.python import cp_model
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "the exact search needs OR-tools; pip install 'phalanx-train[exact]'"
-        ) from None
+        raise ModuleNotFoundError("the exact search needs OR-tools; pip install ortools") from None
 
     model = cp_model.CpModel()
     starts = _intervals(model, problem)

@@ -11,8 +11,8 @@ This is squeezing and reordering (Pipeline Parallelism with Controllable Memory,
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from phalanx.parallel.pipeline.search.plan import Plan
-from phalanx.parallel.pipeline.search.problem import Problem, Word
+from phalanx.parallel.pipeline.order.plan import Plan
+from phalanx.parallel.pipeline.order.problem import Problem, Word
 
 _NEVER = float("inf")
 
