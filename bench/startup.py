@@ -10,12 +10,12 @@ from pathlib import Path
 from statistics import median
 
 from phalanx.bench.figures import Figure, Request
+from phalanx.bench.rounds import ROUNDS
 
 PHASES = ("start", "join", "build", "first_step")
 """start: interpreter, configuration, torch, processes. join: process group. build: mesh, model,
 optimizer, logs and the search for a checkpoint. first_step: data and one optimizer step."""
 
-ROUNDS = 5
 """Where bench.rounds is empty."""
 
 

@@ -13,6 +13,7 @@ import torch
 
 from phalanx.bench.figures import Figure, Request, compared
 from phalanx.bench.peers.fsdp2 import PeerLoop
+from phalanx.bench.rounds import ROUNDS, STEPS
 from phalanx.bench.turns import Side, quiet, take_turns
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import Config
@@ -21,8 +22,6 @@ from phalanx.train.monitor.peak import peak
 
 PEER = "fsdp2"
 SIDES = ("phalanx", PEER)
-ROUNDS, STEPS = 5, 4
-"""Where bench.rounds and bench.steps are empty."""
 
 
 def bench(request: Request) -> list[Figure]:
@@ -77,7 +76,7 @@ def measure_time(ranks: Ranks, config: Config) -> dict[str, Any]:
         sides = {side: make_side(side, config, ranks) for side in SIDES}
         for side in sides.values():
             side.run(steps)
-        turns = take_turns(sides, ranks, rounds=config.bench.rounds or ROUNDS, steps=steps)
+        turns = take_turns(sides, ranks, count=config.bench.rounds or ROUNDS, steps=steps)
         for side in sides.values():
             side.close()
         found = peak(

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from phalanx.bench.rounds import rounds, synchronize
 from phalanx.checkpoint.config import CheckpointConfig
 from phalanx.fault.signals import StopRequest
 from phalanx.parallel.ranks import Ranks
@@ -97,11 +98,11 @@ class Turns:
     """Of each side's last step."""
 
 
-def take_turns(sides: dict[str, Side], ranks: Ranks, *, rounds: int, steps: int) -> Turns:
-    """Each side in turn trains `steps` steps, `rounds` times; collective."""
+def take_turns(sides: dict[str, Side], ranks: Ranks, *, count: int, steps: int) -> Turns:
+    """Each side in turn trains `steps` steps, `count` times; collective."""
     found = Turns({name: [] for name in sides}, {name: [] for name in sides}, {})
-    for turn in range(rounds):
-        for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
+    for order in rounds(sides, count):
+        for name in order:
             dist.barrier()
             begin, cpu_begin = time.perf_counter(), time.process_time()
             found.losses[name] = sides[name].run(steps)
@@ -124,9 +125,3 @@ def quiet(config: Config, folder: Path, *, steps: int) -> Config:
         monitor=replace(config.monitor, progress=False),
         training=replace(config.training, steps=max(config.training.steps, steps)),
     )
-
-
-def synchronize(ranks: Ranks) -> None:
-    """Wait for the device."""
-    if ranks.device_type == "cuda":
-        torch.cuda.synchronize()

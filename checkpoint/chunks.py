@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from phalanx.checkpoint.boxes import Box, TensorInfo
 from phalanx.checkpoint.torch_types import name_of
+from phalanx.parallel.local import local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +58,18 @@ def chunk_of(name: str, tensor: Tensor) -> Chunk | None:
     if coordinate is None:
         return None
     mesh_sizes = tuple(tensor.device_mesh.shape)
-    local = tensor.to_local().detach()
+    part = local(tensor).detach()
     sizes, offsets = sizes_and_offsets(
         name, tuple(tensor.shape), tensor.placements, mesh_sizes=mesh_sizes, coordinate=coordinate
     )
-    if prod(sizes) == 0 and local.numel() == 0 and tensor.numel() > 0:
+    if prod(sizes) == 0 and part.numel() == 0 and tensor.numel() > 0:
         return None
-    if sizes != tuple(local.shape):
+    if sizes != tuple(part.shape):
         raise ValueError(
-            f"{name}: this rank holds a shard of shape {tuple(local.shape)}, but placements "
+            f"{name}: this rank holds a shard of shape {tuple(part.shape)}, but placements "
             f"{tensor.placements} of {tuple(tensor.shape)} on mesh {mesh_sizes} give {sizes}"
         )
-    return Chunk(local=local, size=tensor.size(), offsets=torch.Size(offsets))
+    return Chunk(local=part, size=tensor.size(), offsets=torch.Size(offsets))
 
 
 class Chunks:
@@ -87,12 +88,12 @@ class Chunks:
         """
         chunks: dict[str, Chunk] = {}
         for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            part = local(tensor)
             cut = (tuple(tensor.placements), tensor.shape) if isinstance(tensor, DTensor) else ()
-            form = (cut, local.shape, local.dtype)
+            form = (cut, part.shape, part.dtype)
             known = self._known.get(name)
             if known is not None and known[0] == form:
-                chunks[name] = Chunk(local=local.detach(), size=tensor.size(), offsets=known[1])
+                chunks[name] = Chunk(local=part.detach(), size=tensor.size(), offsets=known[1])
                 continue
             found = chunk_of(name, tensor)
             if found is not None:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from phalanx.parallel.local import local
+
 
 @torch.no_grad()
 def settle_partial(parameters: Iterable[Tensor]) -> None:
@@ -31,7 +33,7 @@ def local_squares(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
     caller.
     """
     grads = (p.grad for p in parameters if p.grad is not None)
-    counted = [local for grad in grads if _counts_here(grad) and (local := _local(grad)).numel()]
+    counted = [part for grad in grads if _counts_here(grad) and (part := local(grad)).numel()]
     if not counted:
         return torch.zeros(0, dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(counted, 2, dtype=torch.float64)).square()
@@ -42,7 +44,7 @@ def clip_gradients(parameters: Iterable[Tensor], norm: float, max_norm: float) -
     """Scale gradients by max_norm / norm where the norm is larger."""
     if norm <= max_norm:
         return
-    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
     torch._foreach_mul_(grads, max_norm / norm)
 
 
@@ -52,7 +54,7 @@ def nonfinite(named_tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
     return [
         name
         for name, tensor in named_tensors
-        if tensor is not None and not _local(tensor).isfinite().all()
+        if tensor is not None and not local(tensor).isfinite().all()
     ]
 
 
@@ -65,7 +67,3 @@ def _counts_here(grad: Tensor) -> bool:
         position == 0 or not isinstance(placement, Replicate)
         for position, placement in zip(coordinate, grad.placements, strict=True)
     )
-
-
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad

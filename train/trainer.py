@@ -23,6 +23,7 @@ from phalanx.train.config import Config
 from phalanx.train.data.source import Batch, BatchSource, Prefetcher
 from phalanx.train.data.tokenizer import load_tokenizer
 from phalanx.train.engine.build import batch_source
+from phalanx.train.engine.calendar import Calendar
 from phalanx.train.engine.loss import world_sums
 from phalanx.train.engine.step import Engine
 from phalanx.train.model.flops import flops_per_token
@@ -63,6 +64,7 @@ class Trainer:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config = config
+        self.calendar = Calendar(config)
         self.ranks = ranks
         config.check_nodes(ranks.world_size, ranks.ranks_per_node)  # known before, but for Ray's
         self.mesh = build_mesh(
@@ -172,7 +174,7 @@ class Trainer:
             self.checkpoints.before_update()
         with self._named_errors(step), self.timer("optimizer"):
             self.engine.update(gradients, lr)
-            if self._something_is_due(step + 1):
+            if self.calendar.reads_parameters(step + 1) or self.pipeline.is_due():
                 self.engine.settle()
         seconds, parts = self.timer.take()
         training = self.config.training
@@ -192,12 +194,12 @@ class Trainer:
         stopping |= self._log_settled()
         if self.pipeline.after_step(step):
             self._restart_clocks()
-        if self._snapshot_is_due(step + 1) or self._save_is_due(step + 1):
+        if self.calendar.snapshot(step + 1) or self.calendar.save(step + 1):
             # After its line is written: no resume finds a state whose steps were not logged.
             # The seconds are charged to the next line.
             with self.timer("checkpoint"):
-                last = stopping or self._is_last_save(step + 1)
-                self._save(step + 1, durable=self._save_is_due(step + 1), may_skip=not last)
+                last = stopping or self.calendar.is_last_save(step + 1)
+                self._save(step + 1, durable=self.calendar.save(step + 1), may_skip=not last)
         return stopping
 
     def settle(self) -> None:
@@ -228,53 +230,12 @@ class Trainer:
             self.events.record("not_finite", durable=True, step=step, reason=str(error))
             raise FloatingPointError(f"step {step}: {error}") from None
 
-    def _something_is_due(self, done: int) -> bool:
-        """Whether parameters are read after `done` steps, before the next one."""
-        return (
-            done == self.config.training.steps
-            or self._save_is_due(done)
-            or self._snapshot_is_due(done)
-            or self._evaluation_is_due(done)
-            or self._sample_is_due(done)
-            or self.pipeline.is_due()
-        )
-
-    def _save_is_due(self, done: int) -> bool:
-        config = self.config.checkpoint
-        last = config.save_last and done >= self.config.training.steps
-        return last or (config.every > 0 and done % config.every == 0)
-
-    def _is_last_save(self, done: int) -> bool:
-        """Whether no later one will be due, where one is due after `done` steps."""
-        later = self.config.training.steps
-        if not self.config.checkpoint.save_last:
-            later -= later % (self.config.checkpoint.every or 1)
-        return done >= later
-
-    def _snapshot_is_due(self, done: int) -> bool:
-        every = self.config.checkpoint.snapshot.every
-        return every > 0 and done % every == 0
-
-    def _evaluation_is_due(self, done: int) -> bool:
-        training = self.config.training
-        if not training.eval_batches or not done:
-            return False
-        every = training.eval_every
-        return done == training.steps or (every > 0 and done % every == 0)
-
-    def _sample_is_due(self, done: int) -> bool:
-        sample = self.config.monitor.sample
-        if not sample.tokens or not done:
-            return False
-        last = done == self.config.training.steps
-        return last or (sample.every > 0 and done % sample.every == 0)
-
     def _after_step(self, done: int) -> None:
         """What is due after `done` steps, outside the time that steps are charged with."""
-        if self._evaluation_is_due(done):
+        if self.calendar.evaluation(done):
             self._evaluate(done)
             self._restart_clocks()
-        if self._sample_is_due(done):
+        if self.calendar.sample(done):
             self._sample(done)
             self._restart_clocks()
 
@@ -285,7 +246,7 @@ class Trainer:
 
     def _catch_up(self, done: int) -> None:
         """Evaluate and sample where the run before was stopped between a save and that."""
-        owed = self._evaluation_is_due(done) and not self.report.evaluated(done)
+        owed = self.calendar.evaluation(done) and not self.report.evaluated(done)
         if world_sums([owed if self.ranks.rank == 0 else False], self.mesh)[0]:
             self._after_step(done)
 
@@ -321,7 +282,7 @@ class Trainer:
         config, done = self.config.checkpoint, self.first_step
         if config.every or config.save_last or config.snapshot.every:
             self.checkpoints.prepare(self.engine.state_tensors() | self._eager())
-        if done and self._save_is_due(done):
+        if done and self.calendar.save(done):
             self._save(done)
 
     def _save(self, done: int, *, durable: bool = True, may_skip: bool = False) -> None:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 
 from phalanx.bench.erasure.sides import MEMCPY, OURS, Memory, Ours, Side, sides
 from phalanx.bench.figures import Figure, Request, compared
+from phalanx.bench.rounds import ROUNDS, STEPS, rounds
 from phalanx.checkpoint.erasure.stripes import Stripes
 
 CODES = ((4, 1), (4, 2), (8, 2), (10, 4))
 """Units of data and of parity; one parity is XOR."""
 SIZE = 1 << 29
 """Bytes of data, about: more than caches hold."""
-ROUNDS, STEPS = 5, 4
-"""Where bench.rounds and bench.steps are empty."""
 
 
 def bench(request: Request, *, size: int = SIZE) -> list[Figure]:
@@ -38,7 +37,7 @@ def bench(request: Request, *, size: int = SIZE) -> list[Figure]:
         memory = Memory.make(k, m, Stripes.for_lengths([size] * (k + m), m).unit_bytes)
         running = {name: make(memory) for name, make in contenders.items()}
         calls = _calls(f"{k}+{m}", running)
-        turns = {"rounds": settings.rounds or ROUNDS, "steps": settings.steps or STEPS}
+        turns = {"count": settings.rounds or ROUNDS, "steps": settings.steps or STEPS}
         seconds = _take_turns(calls, **turns)
         figures += _figures(seconds, sum(map(len, memory.data)))
     return figures
@@ -68,12 +67,12 @@ def _calls(code: str, running: dict[str, Side]) -> dict[tuple[str, str], Callabl
 
 
 def _take_turns(
-    calls: dict[tuple[str, str], Callable[[], None]], *, rounds: int, steps: int
+    calls: dict[tuple[str, str], Callable[[], None]], *, count: int, steps: int
 ) -> dict[tuple[str, str], list[float]]:
     """Seconds of one call, a round each; every second round goes backwards."""
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for number in range(rounds):
-        for key in list(calls) if number % 2 == 0 else list(calls)[::-1]:
+    for order in rounds(calls, count):
+        for key in order:
             begin = time.perf_counter()
             for _ in range(steps):
                 calls[key]()

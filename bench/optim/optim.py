@@ -14,14 +14,13 @@ from torch import nn
 
 from phalanx.bench.figures import Figure, Request, compared
 from phalanx.bench.optim.contenders import PEER, Contender, contenders, left_out
+from phalanx.bench.rounds import ROUNDS, STEPS, rounds, synchronize
 from phalanx.parallel.ranks import Ranks
 from phalanx.train.config import Config
 
 SHAPE = (1024, 2048)
 MATRICES = {"cpu": 4, "cuda": 256}
 """How many, by kind of device: more than caches hold."""
-ROUNDS, STEPS = 5, 4
-"""Where bench.rounds and bench.steps are empty."""
 
 
 def bench(request: Request) -> list[Figure]:
@@ -51,8 +50,8 @@ def measure(ranks: Ranks, config: Config) -> dict[str, Any]:
     for contender in running.values():
         contender.step()  # makes states and scratch
     milliseconds: dict[str, list[float]] = {name: [] for name in running}
-    for number in range(config.bench.rounds or ROUNDS):
-        for name in list(running) if number % 2 == 0 else list(running)[::-1]:
+    for order in rounds(running, config.bench.rounds or ROUNDS):
+        for name in order:
             seconds = _step_s(running[name], config.bench.steps or STEPS, ranks)
             milliseconds[name].append(seconds * 1000 * 1e8 / num_parameters)
     bytes_held = {
@@ -70,10 +69,10 @@ def _step_s(contender: Contender, steps: int, ranks: Ranks) -> float:
     """Median seconds of a step."""
     seconds = []
     for _ in range(steps):
-        _synchronize(ranks)
+        synchronize(ranks)
         begin = time.perf_counter()
         contender.step()
-        _synchronize(ranks)
+        synchronize(ranks)
         seconds.append(time.perf_counter() - begin)
     return median(seconds)
 
@@ -88,8 +87,3 @@ def _parameters(count: int, device: torch.device) -> dict[str, nn.Parameter]:
         parameter.grad = values[1] * 1e-3
         named[f"matrix{number}"] = parameter
     return named
-
-
-def _synchronize(ranks: Ranks) -> None:
-    if ranks.device_type == "cuda":
-        torch.cuda.synchronize()

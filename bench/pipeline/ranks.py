@@ -16,6 +16,7 @@ from phalanx.bench.pipeline import emulated
 from phalanx.bench.pipeline.delays import Delays, delays_now, no_collection
 from phalanx.bench.pipeline.emulated import EmulatedStage, OpSeconds
 from phalanx.bench.pipeline.peer import PEERS, PeerPipeline
+from phalanx.bench.rounds import rounds
 from phalanx.parallel.comm_meter import CommMeter
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.executor import Inputs
@@ -75,9 +76,8 @@ def measure(ranks: Ranks, plan: Plan) -> Measured:
             side.turn(ranks, name, plan.num_microbatches, 1)
             side.seconds.awake = True
         found = Measured({name: [] for name in sides}, [])
-        for number in range(plan.rounds):
+        for number, order in enumerate(rounds(sides, plan.rounds)):
             found.delays.append(delays_now(ranks, plan.seconds))
-            order = list(sides) if number % 2 == 0 else list(sides)[::-1]
             for place, name in enumerate(order):
                 ends = sides[name].turn(ranks, name, plan.num_microbatches, plan.steps)
                 found.ends[name].append(ends)

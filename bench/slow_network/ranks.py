@@ -1,6 +1,5 @@
 """What each rank does for `phalanx bench slow_network`."""
 
-import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from phalanx.bench.peers.fsdp2 import PeerLoop
+from phalanx.bench.rounds import ROUNDS, STEPS, tell
 from phalanx.bench.slow_network import namespaces
 from phalanx.bench.slow_network.namespaces import Node
 from phalanx.bench.turns import Side, take_turns
@@ -19,8 +19,6 @@ from phalanx.train.config import Config
 
 PEER = "fsdp2"
 SIDES = (TOGETHER, FED_BACK, PLAIN, PEER)
-ROUNDS, STEPS = 5, 4
-"""Where bench.rounds and bench.steps are empty."""
 WARM_UP, COUNTED = 2, 2
 """First steps, of which all is made that is made once; and those whose bytes are counted."""
 LAST = 10
@@ -57,18 +55,22 @@ def measure(ranks: Ranks, config: Config, nodes: list[Node]) -> Found:
             side.run(WARM_UP)
             found.sent[name] = _sent(side)
         turns = partial(take_turns, ranks=ranks, steps=steps)
-        quick = turns(sides, rounds=rounds).wall
+        quick = turns(sides, count=rounds).wall
         found.quick = {name: median(quick[name]) / steps for name in sides}
         found.mbit = _limited(config, ranks, sides[PEER], found, steps=steps)
-        wall = turns(sides, rounds=rounds).wall
+        wall = turns(sides, count=rounds).wall
         found.seconds = {name: [s / steps for s in wall[name]] for name in sides}
         _set_limit(ranks, None)
-        _note(ranks, f"{found.mbit:.1f} Mbit/s: {_shown(found)}")
+        tell(ranks, "slow_network", f"{found.mbit:.1f} Mbit/s: {_shown(found)}")
         if config.bench.slow_network.loss_steps:
             end = last_step(config)
             for name, side in sides.items():
                 found.losses[name] = _last_loss(side, end)
-                _note(ranks, f"{name}: loss {found.losses[name]:.4f} after {end} steps")
+                tell(
+                    ranks,
+                    "slow_network",
+                    f"{name}: loss {found.losses[name]:.4f} after {end} steps",
+                )
         for side in sides.values():
             side.close()
     return found
@@ -121,7 +123,7 @@ def _limited(config: Config, ranks: Ranks, peer: Side, found: Found, *, steps: i
     mbit = rate_for(num_bytes=float(most), quick_s=quick_s, waiting=share)
     for _ in range(TRIES):
         _set_limit(ranks, mbit)
-        slow_s = _agreed(take_turns({PEER: peer}, ranks, rounds=1, steps=steps).wall[PEER][0])
+        slow_s = _agreed(take_turns({PEER: peer}, ranks, count=1, steps=steps).wall[PEER][0])
         slow_s /= steps
         if abs(1 - quick_s / slow_s - share) <= CLOSE:
             break
@@ -163,8 +165,3 @@ def _agreed(seconds: float) -> float:
 
 def _shown(found: Found) -> str:
     return ", ".join(f"{name} {median(found.seconds[name]):.2f} s a step" for name in SIDES)
-
-
-def _note(ranks: Ranks, text: str) -> None:
-    if ranks.rank == 0:
-        print(f"phalanx: bench slow_network: {text}", file=sys.stderr, flush=True)

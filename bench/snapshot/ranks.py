@@ -1,7 +1,6 @@
 """What each rank does for `phalanx bench snapshot`: the same loop for every side, in turn."""
 
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,17 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phalanx.bench.rounds import ROUNDS, rounds, synchronize, tell
 from phalanx.bench.snapshot import peer_dcp, peer_torch_checkpointing
 from phalanx.bench.snapshot.ours import Files as OurFiles
 from phalanx.bench.snapshot.ours import Ours
-from phalanx.bench.snapshot.state import KINDS, State, make_work, synchronize
+from phalanx.bench.snapshot.state import KINDS, State, make_work
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.mesh import build_mesh
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import Config
 
 WITHOUT, OURS, DCP = "without", "phalanx", "dcp"
-ROUNDS, STEPS = 5, 3
+STEPS = 3
 """Where bench.rounds and bench.steps are empty."""
 
 
@@ -98,7 +98,7 @@ def measure(ranks: Ranks, config: Config, memory: str, disk: str) -> Found:
         disk: a folder that is on a disk.
     """
     settings = config.bench.snapshot
-    rounds, steps = config.bench.rounds or ROUNDS, config.bench.steps or STEPS
+    count, steps = config.bench.rounds or ROUNDS, config.bench.steps or STEPS
     with process_group(ranks):
         mesh = build_mesh(
             ParallelConfig(dp_shard=ranks.world_size),
@@ -113,22 +113,22 @@ def measure(ranks: Ranks, config: Config, memory: str, disk: str) -> Found:
         sides: dict[str, Saver | None] = {WITHOUT: None, OURS: ours, **peers}
         for kind in KINDS:
             found.turns[kind] = {name: [] for name in sides}
-            for number in range(rounds):
-                for name in list(sides) if number % 2 == 0 else list(sides)[::-1]:
+            for number, order in enumerate(rounds(sides, count)):
+                for name in order:
                     turn = take_turn(sides[name], state, work[kind], ranks, steps=steps)
                     found.turns[kind][name].append(turn)
                     if (side := sides[name]) is not None:
-                        if kind == KINDS[-1] and number == rounds - 1:
+                        if kind == KINDS[-1] and number == count - 1:
                             found.wrong[name] = loaded_wrong(side, state)
                         side.forget()
-            _note(ranks, f"{kind} steps are done")
+            tell(ranks, "snapshot", f"{kind} steps are done")
         for peer in peers.values():
             peer.close()
         ways: dict[str, Files] = {
             OURS: OurFiles(ours.manager),
             DCP: peer_dcp.Files(Path(disk) / DCP),
         }
-        save_and_load(found, ways, state, Path(disk), rounds=rounds)
+        save_and_load(found, ways, state, Path(disk), count=count)
         ours.close()
     return found
 
@@ -185,7 +185,7 @@ def loaded_wrong(side: Saver, state: State) -> int:
 
 
 def save_and_load(
-    found: Found, ways: Mapping[str, Files], state: State, disk: Path, *, rounds: int
+    found: Found, ways: Mapping[str, Files], state: State, disk: Path, *, count: int
 ) -> None:
     """Durable checkpoints of the same state, by turns, and plain copies of it; the first round
     only warms up.
@@ -194,13 +194,13 @@ def save_and_load(
         disk: where they are, in a folder for each way, which is emptied after every round.
     """
     tensors = state.blank()
-    for number in range(rounds + 1):
+    for number, order in enumerate(rounds(ways, count + 1)):
         state.update()
         step = state.updates
         copy_s = _seconds(partial(state.copy_to, tensors))
         if number:
             found.copy.append(copy_s)
-        for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
+        for name in order:
             save_s = _seconds(partial(ways[name].save, step, state.tensors))
             load_s = _seconds(partial(ways[name].load, step, tensors))
             if number:
@@ -225,8 +225,3 @@ def _seconds(act: Callable[[], None]) -> float:
     act()
     dist.barrier()
     return time.perf_counter() - begin
-
-
-def _note(ranks: Ranks, text: str) -> None:
-    if ranks.rank == 0:
-        print(f"phalanx: bench snapshot: {text}", file=sys.stderr, flush=True)

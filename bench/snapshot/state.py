@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from phalanx.bench.rounds import synchronize
+from phalanx.parallel.local import local
 from phalanx.parallel.ranks import Ranks
 
 TRIPLES = 34
@@ -46,7 +48,7 @@ class State:
         """Steps that were taken."""
         self.tensors = self.blank()
         for place, tensor in enumerate(self.tensors.values()):
-            _local(tensor).copy_(self._values(place))
+            local(tensor).copy_(self._values(place))
 
     @property
     def num_bytes(self) -> int:
@@ -68,14 +70,14 @@ class State:
     def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy every value to memory that is there."""
         for name, tensor in self.tensors.items():
-            _local(tensors[name]).copy_(_local(tensor))
+            local(tensors[name]).copy_(local(tensor))
         if self._mesh.device_type == "cuda":
             torch.cuda.synchronize()
 
     def update(self) -> None:
         """Change every tensor in place, as an optimizer does."""
         for tensor in self.tensors.values():
-            _local(tensor).add_(1.0)
+            local(tensor).add_(1.0)
         self.updates += 1
 
     def wrong(self, tensors: Mapping[str, Tensor], *, updates: int) -> int:
@@ -84,7 +86,7 @@ class State:
         count = 0
         for place, name in enumerate(self._names):
             expected = self._values(place).add_(float(updates))
-            count += not torch.equal(_local(tensors[name]), expected)
+            count += not torch.equal(local(tensors[name]), expected)
         found = torch.tensor(count)
         dist.all_reduce(found)
         return int(found)
@@ -95,10 +97,6 @@ class State:
         count = self._rows * COLUMNS
         values = torch.arange(first, first + count, device=self._mesh.device_type)
         return values.remainder_(PERIOD).float().view(self._rows, COLUMNS)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def make_work(ranks: Ranks, *, step_s: float) -> dict[str, Callable[[], None]]:
@@ -124,9 +122,3 @@ def make_work(ranks: Ranks, *, step_s: float) -> dict[str, Callable[[], None]]:
         multiply(times)
 
     return {SLEEPING: lambda: time.sleep(step_s), COMPUTING: compute}
-
-
-def synchronize(ranks: Ranks) -> None:
-    """Wait for the device."""
-    if ranks.device_type == "cuda":
-        torch.cuda.synchronize()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from phalanx.bench.figures import Figure, Request, compared
+from phalanx.bench.rounds import ROUNDS, STEPS, rounds, synchronize
 from phalanx.bench.wgrad.live_memory import LiveMemory
 from phalanx.bench.wgrad.ways import WAYS, Plain
 from phalanx.parallel.ranks import Ranks, process_group
@@ -21,8 +22,6 @@ from phalanx.train.config import Config
 
 MICROBATCHES = 4
 """Microbatches that go through F and B before their W come."""
-ROUNDS, STEPS = 5, 4
-"""Where bench.rounds and bench.steps are empty."""
 OURS, PEERS = "deferred", ("torch_split", "plain")
 
 
@@ -68,14 +67,14 @@ def measure(ranks: Ranks, config: Config) -> dict[str, Any]:
             run_step(way)
         gaps = {peer: gradient_gap(ways[OURS], ways[peer]) for peer in PEERS}
         memory = {name: measure_memory(way) for name, way in ways.items()}
-        for number in range(config.bench.rounds or ROUNDS):
-            for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
+        for order in rounds(ways, config.bench.rounds or ROUNDS):
+            for name in order:
                 dist.barrier()
-                _synchronize(ranks)
+                synchronize(ranks)
                 begin = time.perf_counter()
                 for _ in range(steps):
                     run_step(ways[name])
-                _synchronize(ranks)
+                synchronize(ranks)
                 seconds[name].append((time.perf_counter() - begin) / steps)
     return {"seconds": seconds, "memory": memory, "gaps": gaps}
 
@@ -114,8 +113,3 @@ def gradient_gap(ours: Plain, theirs: Plain) -> float:
         scale = float(other.abs().max().clamp_min(torch.finfo(other.dtype).tiny))
         gap = max(gap, float((mine - other).abs().max()) / scale)
     return gap
-
-
-def _synchronize(ranks: Ranks) -> None:
-    if ranks.device_type == "cuda":
-        torch.cuda.synchronize()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from phalanx.bench.figures import Figure, Request, compared
+from phalanx.bench.rounds import ROUNDS, STEPS, rounds, synchronize
 from phalanx.parallel.kernels.block_format import BlockFormat, Quantization
 from phalanx.parallel.kernels.quantize import dequantize, dequantize_sum, quantize
 from phalanx.parallel.ranks import Ranks, process_group
@@ -26,8 +27,6 @@ ROWS = 4
 """Rows that a sum adds up."""
 NUMEL = {"cpu": 1 << 24, "cuda": 1 << 28}
 """About so many elements: too large for caches."""
-ROUNDS, STEPS = 5, 4
-"""Where bench.rounds and bench.steps are empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +72,14 @@ def measure(ranks: Ranks, config: Config, *, numel: int | None = None) -> Found:
         numel = max((numel or NUMEL[ranks.device_type]) // unit, 1) * unit
         calls, errors = _calls(numel, config.zero.block_size, ranks.device)
         seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for number in range(config.bench.rounds or ROUNDS):
-            for name in list(calls) if number % 2 == 0 else list(calls)[::-1]:
+        for order in rounds(calls, config.bench.rounds or ROUNDS):
+            for name in order:
                 calls[name]()
-                _synchronize(ranks)
+                synchronize(ranks)
                 begin = time.perf_counter()
                 for _ in range(steps):
                     calls[name]()
-                _synchronize(ranks)
+                synchronize(ranks)
                 seconds[name].append((time.perf_counter() - begin) / steps)
     return Found(numel=numel, seconds=seconds, errors=errors)
 
@@ -114,8 +113,3 @@ def _calls(
 
 def _error(found: Tensor, values: Tensor) -> float:
     return float((found - values).norm() / values.norm())
-
-
-def _synchronize(ranks: Ranks) -> None:
-    if ranks.device_type == "cuda":
-        torch.cuda.synchronize()

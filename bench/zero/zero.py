@@ -17,6 +17,7 @@ from phalanx.bench.figures import Figure, Request, compared
 from phalanx.bench.peers import deepspeed
 from phalanx.bench.peers.deepspeed import DeepSpeedLoop
 from phalanx.bench.peers.fsdp2 import PeerLoop
+from phalanx.bench.rounds import ROUNDS, STEPS
 from phalanx.bench.turns import Side, quiet, take_turns
 from phalanx.bench.zero.ways import BF16, FED_BACK, FP32, PLAIN, layout, num_ranks, ways
 from phalanx.parallel.comm_meter import Traffic
@@ -27,8 +28,6 @@ from phalanx.train.engine.build import batch_source
 from phalanx.train.engine.step import Engine
 
 OURS, DEEPSPEED, FSDP2 = "phalanx", "deepspeed", "fsdp2"
-ROUNDS, STEPS = 5, 4
-"""Where bench.rounds and bench.steps are empty."""
 WARM_UP, COUNTED = 1, 2
 """First steps, of which something may be sent once only; and those whose bytes are counted."""
 LINKS = ("inside", "between")
@@ -118,7 +117,7 @@ def measure_time(ranks: Ranks, config: Config, peers: list[str]) -> dict[str, An
             sides[name] = Side.peer(loop, config, ranks)
         for side in sides.values():
             side.run(steps)
-        turns = take_turns(sides, ranks, rounds=config.bench.rounds or ROUNDS, steps=steps)
+        turns = take_turns(sides, ranks, count=config.bench.rounds or ROUNDS, steps=steps)
         for side in sides.values():
             side.close()
     return {"wall": turns.wall, "cpu": turns.cpu, "losses": turns.losses}

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from phalanx.parallel.grad_norm import settle_partial
+from phalanx.parallel.local import local
 from phalanx.parallel.mesh import Mesh
 
 
@@ -61,7 +61,7 @@ def share_memory(parameter: nn.Parameter, stage: nn.Module, fqn: str) -> nn.Para
 def _add_across_ranks(parameter: Tensor, mesh: Mesh, first: int, last: int) -> None:
     grad = parameter.grad
     assert grad is not None
-    mine = _local(grad).contiguous()
+    mine = local(grad).contiguous()
     group = mesh.group("pp")
     is_first = mesh.rank("pp") == first
     peer = last if is_first else first
@@ -76,8 +76,4 @@ def _add_across_ranks(parameter: Tensor, mesh: Mesh, first: int, last: int) -> N
     for work in works:
         work.wait()
     total = mine + theirs if is_first else theirs + mine
-    _local(grad).copy_(total)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local(grad).copy_(total)

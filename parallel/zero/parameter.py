@@ -7,6 +7,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from phalanx.parallel.local import local
+
 
 @dataclass(kw_only=True)
 class UnitParameter:
@@ -33,8 +35,7 @@ class UnitParameter:
     @property
     def local(self) -> Tensor:
         """This rank's rows of the master."""
-        data = self.sharded.detach()
-        return data.to_local() if isinstance(data, DTensor) else data
+        return local(self.sharded.detach())
 
     def hand_over(self, memory: Tensor) -> None:
         """Let modules compute with `memory`, of `shape`."""

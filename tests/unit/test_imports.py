@@ -15,6 +15,7 @@ FLOORS = ["launch", "train", "fault", "checkpoint", "parallel", "configs"]
 TORCH_FREE = [
     "phalanx.train.config",
     "phalanx.train.data.config",
+    "phalanx.train.engine.calendar",
     "phalanx.train.model.flops",
     "phalanx.train.plan.pipeline",
     "phalanx.train.resume.check",

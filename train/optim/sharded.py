@@ -6,11 +6,12 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement
 
+from phalanx.parallel.local import local
+
 
 def local_of(tensor: Tensor) -> Tensor:
     """This rank's part, apart from autograd."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local(tensor.detach())
 
 
 def laid_out_like(

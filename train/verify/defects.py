@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from phalanx.parallel.executor import Executor, Inputs, LossFn
+from phalanx.parallel.local import local
 from phalanx.parallel.mesh import Mesh
 from phalanx.train.config import Defect
 from phalanx.train.engine.build import Model
@@ -33,7 +33,7 @@ class StaleShard:
     def __init__(self, model: Model, defect: Defect, mesh: Mesh) -> None:
         self._shard: Tensor | None = None
         if defect is Defect.stale_shard and mesh.world.get_rank() == 0:
-            self._shard = _local(_victim(model).detach())
+            self._shard = local(_victim(model).detach())
             self._before = self._shard.clone()
 
     def restore(self) -> None:
@@ -60,7 +60,7 @@ class _SpoilingExecutor:
         with torch.no_grad():
             for grad in grads:
                 if grad is not None:
-                    _local(grad).mul_(factor)
+                    local(grad).mul_(factor)
         return loss
 
     def forward(self, inputs: Inputs, num_microbatches: int) -> Iterator[tuple[Inputs, Tensor]]:
@@ -71,7 +71,3 @@ class _SpoilingExecutor:
 def _victim(model: Model) -> Tensor:
     """The first feed-forward matrix that this rank holds."""
     return next(p for n, p in model.parameters.items() if n.endswith("feed_forward.w1.weight"))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
