@@ -88,12 +88,13 @@ EXPECTED = (
     (r"^phalanx bench", Expected(r"(?m)^\w+\.\w\S* +[\d.,e+-]+ \S")),
     (r"^phalanx doctor", Expected(r"(?m)^ok +gloo")),
     (r"^phalanx checkpoint ls$", Expected(r"memory")),
-    (r"^phalanx checkpoint ls", Expected(r"step_0+\d+")),
-    (r"^phalanx checkpoint show --diff", Expected(r"differ|equal|same")),
+    (r"^phalanx checkpoint ls", Expected(r"^ +\d+ .*complete")),
+    (r"^phalanx checkpoint show --diff", Expected(r"\d+ tensors equal, [1-9]\d* not", 1)),
     (r"^phalanx checkpoint show", Expected(r"part-00000\.safetensors")),
     (r"^phalanx checkpoint verify", Expected(r"step_0+\d+")),
     (r"^phalanx checkpoint gc", Expected(r".")),
-    (r"^phalanx checkpoint (restore|convert|export|import)", Expected(r"[\d.]+ \w?B|step \d+")),
+    (r"^phalanx checkpoint (export|import)", Expected(r"^wrote (exported|imported)")),
+    (r"^phalanx checkpoint (restore|convert)", Expected(r"[\d.]+ \w?B|step \d+")),
     (r"^tensorboard", Expected(r"loss")),
 )
 """By what a command looks like; the first that fits."""
