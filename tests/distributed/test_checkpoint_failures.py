@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phalanx.checkpoint import epoch, holder_client, holder_line
+from phalanx.checkpoint import epoch, holder_line, holder_start
 from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.checkpoint.peers import CheckpointError
 from phalanx.parallel.ranks import Ranks, process_group
@@ -90,7 +90,7 @@ def test_training_goes_on_when_a_background_save_fails(run_ranks: Run, tmp_path:
 
 
 def go_on_past_a_holder_that_stands_still(ranks: Ranks, root: Path) -> Events:
-    holder_line.STILL_S = holder_client.START_S = 0.5
+    holder_line.STILL_S, holder_start.START_S = 1.5, 0.5
     with process_group(ranks):
         events: Events = []
         manager = manager_of(ranks, root, events=events)
