@@ -17,6 +17,8 @@ from phalanx.checkpoint import recovery
 from phalanx.checkpoint.holder_client import HolderClient, HolderError, HolderGone
 from tests.holding import Cluster, content
 
+pytestmark = pytest.mark.holders
+
 KIB = 1 << 10
 
 

@@ -13,6 +13,8 @@ import pytest
 from phalanx.checkpoint.holder_client import HolderError
 from tests.holding import Cluster, together
 
+pytestmark = pytest.mark.holders
+
 MIB = 1 << 20
 NODES = 3
 

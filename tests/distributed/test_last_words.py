@@ -16,6 +16,8 @@ from phalanx.train.config import Device, LaunchConfig
 from phalanx.train.data.config import DataConfig
 from tests.killing import Run
 
+pytestmark = pytest.mark.storage
+
 CPU = LaunchConfig(device=Device.cpu, threads_per_rank=1, timeout_s=60)
 SAVING = ("training.steps=2", "parallel.dp_shard=2", "checkpoint.save_last=true")
 

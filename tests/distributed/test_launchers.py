@@ -23,7 +23,7 @@ from tests.distributed.test_launch import CPU, fail, reduced, square, wait_for
 ray = pytest.importorskip("ray")
 RAY = LaunchConfig(launcher=Launcher.ray, device=Device.cpu)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.launchers]
 
 
 @pytest.fixture(scope="module")

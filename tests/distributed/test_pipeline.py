@@ -22,6 +22,8 @@ from phalanx.train.config import Precision, PrecisionConfig
 from phalanx.train.step import Engine
 from tests.small import make_config, make_engine, rank_batch
 
+pytestmark = pytest.mark.pipeline
+
 BF16 = PrecisionConfig(params=Precision.fp32, compute=Precision.bf16, reduce=Precision.fp32)
 FULL, SELECTIVE = ActivationCheckpoint.full, ActivationCheckpoint.selective
 NUM_LAYERS = 8

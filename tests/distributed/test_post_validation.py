@@ -18,6 +18,8 @@ from phalanx.train.step import Engine
 from tests.distributed.test_nonfinite import Spoiled
 from tests.small import make_config, make_engine, rank_batch
 
+pytestmark = pytest.mark.pipeline
+
 STEPS = 4
 RATE = 1e-2
 LAYOUTS: dict[str, dict[str, Any]] = {

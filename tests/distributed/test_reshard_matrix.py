@@ -33,6 +33,8 @@ from tests.checkpointing import LINGER_S, Run, holder_pids, kill_holders, manage
 from tests.small import rank_batch
 from tests.zero import LR, Case, at, case
 
+pytestmark = pytest.mark.storage
+
 NONE, NODE, ALL = Extent
 SAVED_AT, FOLLOWING = 3, 5
 """Steps done when the state is saved, and losses compared afterwards."""

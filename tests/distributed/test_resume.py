@@ -30,6 +30,8 @@ from phalanx.train.model.config import ModelConfig
 from phalanx.train.optim.config import LrConfig, OptimConfig
 from tests.checkpointing import LINGER_S, kill_holders
 
+pytestmark = pytest.mark.storage
+
 STEPS = 28
 """A run resumed from its checkpoint of step 6 still has more than 20 to compare."""
 LAYOUTS = [

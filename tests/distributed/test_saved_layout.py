@@ -30,6 +30,8 @@ from phalanx.train.state import random_states
 from tests.small import make_config, make_engine
 from tests.stored import make
 
+pytestmark = pytest.mark.storage
+
 Run = Callable[..., list[Any]]
 
 LAYOUTS: list[tuple[dict[str, int], int]] = [

@@ -12,6 +12,8 @@ from phalanx.train.data.config import DataConfig
 from tests.checkpointing import committed_steps
 from tests.killing import Run, alive, end_all, going_on_from, wait_until
 
+pytestmark = pytest.mark.holders
+
 STEPS = 60
 MakeRun = Callable[..., Run]
 

@@ -22,6 +22,8 @@ from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
 from phalanx.train.verify import Report, verify
 
+pytestmark = pytest.mark.verify
+
 # Sizes that no degree divides evenly where they need not: 5 layers, 36 channels, 300 rows.
 MODEL = ModelConfig(
     vocab_size=300,

@@ -19,6 +19,8 @@ from phalanx.train.step import Engine
 from tests.small import make_config, make_engine, rank_batch
 from tests.zero import Case, at, case, compared, references
 
+pytestmark = pytest.mark.zero
+
 WORLD = 4
 INT8, INT4, FP8 = Quantization.int8, Quantization.int4, Quantization.fp8
 NONE, NODE, ALL = Extent

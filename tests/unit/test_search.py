@@ -21,6 +21,8 @@ from phalanx.parallel.pipeline.search.squeeze import Rule, squeeze
 from phalanx.parallel.pipeline.simulate import Costs, Memory, report, simulate
 from phalanx.parallel.pipeline.validate import validate
 
+pytestmark = pytest.mark.pipeline
+
 # Zero Bubble Pipeline Parallelism, table of bubble rates: ranks, microbatches, times of F, B and W
 # and of a hop in microseconds, bubble rates of ZB-1p and of ZB-2p.
 PUBLISHED = [
