@@ -62,7 +62,7 @@ def test_a_damaged_job_file(run: Run, launcher: str) -> None:
 
 
 def test_nothing_is_left_that_can_be_loaded(run: Run) -> None:
-    run.finish()
+    run.finish_here()
     [part, *_] = run.folder.glob("checkpoints/step_*/part-00000.safetensors")
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     message, _ = last_words(run)
