@@ -15,11 +15,12 @@ from typing import Any
 
 import psutil
 
+from phalanx.launch.cli import main
 from phalanx.train.data.config import DataConfig
 from tests.checkpoint.ranks import holder_pids
 
 SMALL = """
-    training.seq_len=32 training.global_batch_size=16 training.microbatch_size=2
+    training.seq_len=32 training.global_batch_size=16 training.microbatch_size=4
     training.eval_batches=0 model.vocab_size=300 model.dim=36 model.num_layers=3 model.num_heads=4
     model.num_kv_heads=2 model.head_dim=10 model.ffn_dim=52 optim.lr.warmup_steps=4
     parallel.pp=1 parallel.dp_shard=1 launch.device=cpu launch.threads_per_rank=1
@@ -36,15 +37,14 @@ class Run:
     def __init__(self, folder: Path, data: DataConfig, *overrides: str) -> None:
         self.folder = folder
         self.overrides = list(overrides)
-        self._command = [sys.executable, "-m", "phalanx.train", f"run.dir={folder}"]
-        self._command += [f"data.dir={data.dir}", *SMALL]
+        self._arguments = [f"run.dir={folder}", f"data.dir={data.dir}", *SMALL]
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, *overrides: str) -> None:
         """Begin, or go on."""
         environ = {key: value for key, value in os.environ.items() if key != "PYTEST_CURRENT_TEST"}
         self._process = subprocess.Popen(
-            [*self._command, *self.overrides, *overrides],
+            [sys.executable, "-m", "phalanx.train", *self._arguments, *self.overrides, *overrides],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -57,6 +57,11 @@ class Run:
         text = self.wait()
         assert self.process.returncode == 0, text
         return text
+
+    def finish_here(self, *overrides: str) -> None:
+        """Train to the end where nothing is killed: in this process, whose ranks need not wait for
+        torch to be imported once more."""
+        assert main(["train", *self._arguments, *self.overrides, *overrides]) == 0
 
     def wait(self) -> str:
         """All that was printed until the end."""

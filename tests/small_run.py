@@ -45,15 +45,18 @@ def make_config(
     *,
     tied: bool = False,
     num_layers: int = 5,
+    microbatch: int = 1,
     stage: int = 3,
     schedule: str = "1f1b",
     precision: PrecisionConfig = FP64,
     **degrees: int,
 ) -> Config:
-    """A run of 8 samples of 16 tokens a step, one sample a microbatch."""
+    """A run of 8 samples of 16 tokens a step, one sample a microbatch unless more are asked for."""
     return Config(
         model=model_config(tied=tied, num_layers=num_layers),
-        training=TrainingConfig(seq_len=16, global_batch_size=8, microbatch_size=1, seed=SEED),
+        training=TrainingConfig(
+            seq_len=16, global_batch_size=8, microbatch_size=microbatch, seed=SEED
+        ),
         parallel=ParallelConfig(**degrees),
         pipeline=PipelineConfig(schedule=schedule),
         zero=ZeroConfig(stage=stage),

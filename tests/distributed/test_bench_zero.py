@@ -24,6 +24,8 @@ from phalanx.train.config import Config, Device, LaunchConfig, TrainingConfig
 from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
 
+pytestmark = pytest.mark.zero
+
 CPU = LaunchConfig(device=Device.cpu, ranks_per_node=2, threads_per_rank=1, timeout_s=60.0)
 MBIT, SENT = 16.0, 1 << 20
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from phalanx.checkpoint.errors import CheckpointError
-from phalanx.checkpoint.holder import client, line
+from phalanx.checkpoint.holder import line, start
 from phalanx.checkpoint.manager import CheckpointManager
 from phalanx.checkpoint.snapshot import epoch
 from phalanx.parallel.ranks import Ranks, process_group
@@ -91,7 +91,7 @@ def test_training_goes_on_when_a_background_save_fails(run_ranks: Run, tmp_path:
 
 
 def go_on_past_a_holder_that_stands_still(ranks: Ranks, root: Path) -> Events:
-    line.STILL_S = client.START_S = 0.5
+    line.STILL_S, start.START_S = 1.5, 0.5
     with process_group(ranks):
         events: Events = []
         manager = manager_of(ranks, root, events=events)

@@ -17,6 +17,8 @@ from phalanx.parallel.ranks import Ranks, process_group
 from tests.checkpoint.ranks import Run, filled, holder_pids, manager_of
 from tests.killed_run import end_all, wait_until
 
+pytestmark = pytest.mark.storage
+
 STEP = 5
 LAST = "part-00005.safetensors"
 """More files than a holder writes at a time: this one is begun late."""

@@ -12,7 +12,7 @@ from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import PrecisionConfig
 from tests.small_run import make_config, make_engine, rank_batch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.verify]
 
 NUM_LAYERS = 9
 """More than dynamo's limit of 8 recompilations: blocks have to share their graphs."""

@@ -24,6 +24,8 @@ from phalanx.checkpoint.tool.places import find
 from phalanx.parallel.ranks import Ranks, process_group
 from tests.checkpoint.ranks import LINGER_S, Run, holder_pids, manager_of
 
+pytestmark = pytest.mark.storage
+
 RANKS = 6
 KINDS = {"none": RANKS, "xor": 2, "rs(2)": 1}
 """Parity, and ranks of a node: one node, groups of 2 + 1 nodes, and of 4 + 2."""

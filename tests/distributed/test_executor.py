@@ -27,14 +27,14 @@ from tests.small_run import (
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp_shard": {"dp_shard": 4},
     "zero 1": {"dp_shard": 4, "stage": 1},
-    "tp dp": {"tp": 2, "dp_shard": 2, "tied": True},
+    "tp dp": {"tp": 2, "dp_shard": 2, "tied": True, "microbatch": 2},
     "pp dp": {"pp": 2, "dp_shard": 2, "schedule": "gpipe"},
-    "pp tp": {"pp": 2, "tp": 2},
-    "pp": {"pp": 4, "tied": True},
+    "pp tp": {"pp": 2, "tp": 2, "microbatch": 2},
+    "pp": {"pp": 4, "tied": True, "microbatch": 2},
     "interleaved": {"pp": 2, "dp_shard": 2, "schedule": "interleaved"},
     "zb_v": {"pp": 2, "dp_shard": 2, "schedule": "zb_v", "tied": True},
-    "v_half tp": {"pp": 2, "tp": 2, "schedule": "v_half"},
-    "interleaved tp": {"pp": 2, "tp": 2, "schedule": "interleaved"},
+    "v_half tp": {"pp": 2, "tp": 2, "schedule": "v_half", "microbatch": 2},
+    "interleaved tp": {"pp": 2, "tp": 2, "schedule": "interleaved", "microbatch": 2},
 }
 LENGTHS = [1, 16, 7]
 """Tokens of the texts whose next token is asked for."""

@@ -33,12 +33,12 @@ LAYOUTS: list[dict[str, Any]] = [
     {"dp_shard": 4, "stage": 1},
     {"dp_shard": 4, "stage": 2},
     {"dp_replicate": 2, "dp_shard": 2},
-    {"tp": 2, "dp_shard": 2},
-    {"tp": 2, "dp_replicate": 2, "dp_shard": 1},
+    {"tp": 2, "dp_shard": 2, "microbatch": 2},
+    {"tp": 2, "dp_replicate": 2, "dp_shard": 1, "microbatch": 2},
     {"pp": 2, "dp_shard": 2},
-    {"pp": 2, "tp": 2},
-    {"pp": 2, "tp": 2, "schedule": "interleaved"},
-    {"pp": 4, "schedule": "gpipe"},
+    {"pp": 2, "tp": 2, "microbatch": 2},
+    {"pp": 2, "tp": 2, "schedule": "interleaved", "microbatch": 2},
+    {"pp": 4, "schedule": "gpipe", "microbatch": 2},
     {"pp": 2, "dp_shard": 2, "stage": 0, "schedule": "interleaved"},
 ]
 SHARE = 0.3

@@ -17,6 +17,8 @@ from phalanx.checkpoint.holder.client import HolderClient, HolderError, HolderGo
 from phalanx.checkpoint.load import choice
 from tests.checkpoint.holder.nodes import Cluster, content
 
+pytestmark = pytest.mark.holders
+
 KIB = 1 << 10
 
 

@@ -13,6 +13,8 @@ import pytest
 from phalanx.checkpoint.holder.client import HolderError
 from tests.checkpoint.holder.nodes import Cluster, together
 
+pytestmark = pytest.mark.holders
+
 MIB = 1 << 20
 NODES = 3
 

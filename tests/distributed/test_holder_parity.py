@@ -8,6 +8,8 @@ import pytest
 from phalanx.checkpoint.holder.client import HolderError
 from tests.checkpoint.holder.nodes import Cluster, content, snapshot_memory
 
+pytestmark = pytest.mark.holders
+
 MIB = 1 << 20
 
 

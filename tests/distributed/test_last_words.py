@@ -16,6 +16,8 @@ from phalanx.train.config import Device, LaunchConfig
 from phalanx.train.data.config import DataConfig
 from tests.killed_run import Run
 
+pytestmark = pytest.mark.storage
+
 CPU = LaunchConfig(device=Device.cpu, threads_per_rank=1, timeout_s=60)
 SAVING = ("training.steps=2", "parallel.dp_shard=2", "checkpoint.save_last=true")
 
@@ -60,7 +62,7 @@ def test_a_damaged_job_file(run: Run, launcher: str) -> None:
 
 
 def test_nothing_is_left_that_can_be_loaded(run: Run) -> None:
-    run.finish()
+    run.finish_here()
     [part, *_] = run.folder.glob("checkpoints/step_*/part-00000.safetensors")
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     message, _ = last_words(run)

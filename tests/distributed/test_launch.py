@@ -4,8 +4,6 @@ import ctypes
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from phalanx.launch.ranks.local import launch_local
 from phalanx.launch.ranks.start import RankFailed, Stopped, launch
 from phalanx.parallel.ranks import Ranks, process_group
 from phalanx.train.config import Device, LaunchConfig
+from tests.launched import start_script, wait_for
 
 CPU = LaunchConfig(device=Device.cpu)
 
@@ -62,20 +61,6 @@ def crash(ranks: Ranks) -> None:
     ctypes.string_at(0)
 
 
-def until_stopped(ranks: Ranks, folder: Path) -> str:
-    heard: list[int] = []
-    signal.signal(signal.SIGTERM, lambda signum, _frame: heard.append(signum))
-    (folder / f"ready{ranks.rank}").write_text(str(os.getpid()))
-    while not heard:
-        time.sleep(0.01)
-    return signal.Signals(heard[0]).name
-
-
-def report_pid_and_sleep(ranks: Ranks, folder: Path) -> None:
-    (folder / f"ready{ranks.rank}").write_text(str(os.getpid()))
-    time.sleep(600)
-
-
 def surroundings(ranks: Ranks) -> dict[str, Any]:
     return {
         "cwd": os.getcwd(),
@@ -83,41 +68,6 @@ def surroundings(ranks: Ranks) -> dict[str, Any]:
         "ranks": ranks,
         "sigint": signal.getsignal(signal.SIGINT),
     }
-
-
-def sees_terminal(ranks: Ranks, folder: Path) -> bool:
-    print("\r  0%\r 50%\r100%", flush=True)
-    return sys.stdout.isatty()
-
-
-def wait_for(folder: Path, count: int) -> list[int]:
-    """Pids of the ranks, once all are ready."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        pids = [path.read_text() for path in folder.glob("ready*")]
-        if len(pids) == count and all(pids):
-            return [int(pid) for pid in pids]
-        time.sleep(0.02)
-    raise TimeoutError(f"{count} ranks did not start")
-
-
-def start_script(
-    folder: Path, function: str, *, stdout: int = subprocess.PIPE
-) -> subprocess.Popen[str]:
-    """A program that launches two ranks of a function above."""
-    code = f"""
-import sys
-from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_launch as t
-from phalanx.launch.ranks import forkserver
-forkserver.PRELOAD = ("torch",)  # all that these functions need
-print(t.launch(t.{function}, Path({str(folder)!r}), world_size=2, config=t.CPU,
-    log_dir=Path({str(folder)!r})))
-"""
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True
-    )
 
 
 def gone(pids: list[int], within_s: float = 10) -> bool:

@@ -18,12 +18,13 @@ import pytest
 from phalanx.launch.ranks.start import RankFailed, launch
 from phalanx.train.config import Device, LaunchConfig, Launcher
 from phalanx.train.data.config import DataConfig
-from tests.distributed.test_launch import CPU, fail, reduced, square, wait_for
+from tests.distributed.test_launch import CPU, fail, reduced, square
+from tests.launched import REPOSITORY, wait_for
 
 ray = pytest.importorskip("ray")
 RAY = LaunchConfig(launcher=Launcher.ray, device=Device.cpu)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.launchers]
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +148,10 @@ def test_ray_passes_sigterm_on(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from tests.distributed import test_launch as t, test_launchers as u
-print(t.launch(t.until_stopped, Path({str(tmp_path)!r}), world_size=2, config=u.RAY))
+sys.path.insert(0, {str(REPOSITORY)!r})
+from tests.distributed import test_launchers as t
+from tests.launched import until_stopped
+print(t.launch(until_stopped, Path({str(tmp_path)!r}), world_size=2, config=t.RAY))
 """
     script = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -165,7 +167,7 @@ def test_torchrun_workers_name_the_rank_that_failed(tmp_path: Path) -> None:
     script.write_text(
         f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+sys.path.insert(0, {str(REPOSITORY)!r})
 from pathlib import Path
 from tests.distributed import test_launch as t
 t.launch(t.fail, 1, "raise", world_size=2, config=t.CPU, log_dir=Path({str(tmp_path)!r}))

@@ -22,6 +22,8 @@ from phalanx.train.config import Precision, PrecisionConfig
 from phalanx.train.engine.step import Engine
 from tests.small_run import make_config, make_engine, rank_batch
 
+pytestmark = pytest.mark.pipeline
+
 BF16 = PrecisionConfig(params=Precision.fp32, compute=Precision.bf16, reduce=Precision.fp32)
 FULL, SELECTIVE = ActivationCheckpoint.full, ActivationCheckpoint.selective
 NUM_LAYERS = 8
@@ -63,7 +65,7 @@ def steps(ranks: Ranks, layout: dict[str, Any]) -> dict[str, list[tuple[float, f
     [
         {"pp": 2, "dp_shard": 2, "stage": 3, "tied": True},
         {"pp": 4, "tied": True},
-        pytest.param({"pp": 2, "tp": 2}, marks=slow),
+        pytest.param({"pp": 2, "tp": 2, "microbatch": 2}, marks=slow),
         pytest.param({"pp": 4, "activation_checkpoint": FULL}, marks=slow),
         pytest.param({"pp": 2, "dp_shard": 2, "stage": 0}, marks=slow),
         pytest.param({"pp": 2, "dp_shard": 2, "stage": 1}, marks=slow),
@@ -187,11 +189,11 @@ def grow(engine: Engine) -> None:
 
 def test_a_step_begun_anew_is_undisturbed(run_ranks: Callable[..., list[Any]]) -> None:
     layouts = [
-        {"schedule": "1f1b", "pp": 4},
+        {"schedule": "1f1b", "pp": 4, "microbatch": 2},
         {"schedule": "zb_h2", "pp": 2, "dp_shard": 2, "stage": 1},
-        {"schedule": "interleaved", "pp": 4, "tied": True},
+        {"schedule": "interleaved", "pp": 4, "tied": True, "microbatch": 2},
         {"schedule": "v_min", "pp": 2, "dp_shard": 2, "stage": 3, "tied": True},
-        {"schedule": "zb_v", "pp": 4},
+        {"schedule": "zb_v", "pp": 4, "microbatch": 2},
     ]
     ranks = run_ranks(restarted, layouts, world_size=4)
     for i, layout in enumerate(layouts):

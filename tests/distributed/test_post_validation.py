@@ -18,6 +18,8 @@ from phalanx.train.engine.step import Engine
 from tests.distributed.test_nonfinite import Spoiled
 from tests.small_run import make_config, make_engine, rank_batch
 
+pytestmark = pytest.mark.pipeline
+
 STEPS = 4
 RATE = 1e-2
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -33,7 +35,7 @@ COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", 
 
 
 def config_of(layout: dict[str, Any], max_norm: float, *, post: bool) -> Config:
-    config = make_config(**layout)
+    config = make_config(microbatch=2, **layout)
     return replace(
         config,
         optim=replace(config.optim, max_grad_norm=max_norm),

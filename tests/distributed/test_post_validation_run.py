@@ -28,10 +28,18 @@ def run_config(data: DataConfig, run_dir: Path, *, post: bool, **layout: int) ->
     return replace(
         config,
         pipeline=PipelineConfig(schedule="zb_h1", post_validation=post, profile_steps=0),
-        training=replace(config.training, steps=STEPS, eval_every=3),
+        training=replace(config.training, steps=STEPS, microbatch_size=4, eval_every=3),
         checkpoint=replace(config.checkpoint, every=4),
         optim=replace(config.optim, max_grad_norm=0.9),
     )
+
+
+@pytest.fixture(scope="module")
+def whole(demo_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run that nothing interrupted."""
+    config = run_config(demo_data, tmp_path_factory.mktemp("whole"), post=True)
+    train(config)
+    return config
 
 
 def lines(config: Config, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -63,9 +71,7 @@ def test_logs_what_a_run_with_a_barrier_logs(demo_data: DataConfig, tmp_path: Pa
         assert found["seconds"] > 0
 
 
-def test_resumes_bit_for_bit(demo_data: DataConfig, tmp_path: Path) -> None:
-    whole = run_config(demo_data, tmp_path / "whole", post=True)
-    train(whole)
+def test_resumes_bit_for_bit(demo_data: DataConfig, tmp_path: Path, whole: Config) -> None:
     broken = run_config(demo_data, tmp_path / "broken", post=True)
     with pytest.raises(RankFailed, match="SIGKILL"):
         train(broken, kill_at=6)
@@ -75,9 +81,7 @@ def test_resumes_bit_for_bit(demo_data: DataConfig, tmp_path: Path) -> None:
     assert lines(broken, "eval.jsonl") == lines(whole, "eval.jsonl")
 
 
-def test_a_stop_comes_one_step_later(demo_data: DataConfig, tmp_path: Path) -> None:
-    whole = run_config(demo_data, tmp_path / "whole", post=True)
-    train(whole)
+def test_a_stop_comes_one_step_later(demo_data: DataConfig, tmp_path: Path, whole: Config) -> None:
     stopped = run_config(demo_data, tmp_path / "stopped", post=True)
     result = launch(train_stopped_at, stopped, 4, world_size=2, config=stopped.launch)
     assert [(each["steps"], each["stopped"]) for each in result] == [(6, "test")] * 2

@@ -32,8 +32,8 @@ TOLERANCE = 0.01
 LAYOUTS: list[dict[str, Any]] = [
     {"dp_shard": 2},
     {"dp_shard": 2, "stage": 0},
-    {"tp": 2, "dp_shard": 1},
-    {"pp": 2, "dp_shard": 1},
+    {"tp": 2, "dp_shard": 1, "microbatch": 4},
+    {"pp": 2, "dp_shard": 1, "microbatch": 2},
 ]
 
 

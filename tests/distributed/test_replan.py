@@ -26,6 +26,8 @@ from phalanx.train.config import (
 from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
 
+pytestmark = pytest.mark.pipeline
+
 CURVES = ("step_s_measured", "step_s_predicted", "bubble_measured", "bubble_predicted")
 
 

@@ -33,6 +33,8 @@ from tests.checkpoint.ranks import LINGER_S, Run, holder_pids, kill_holders, man
 from tests.small_run import rank_batch
 from tests.zero import LR, Case, at, case
 
+pytestmark = pytest.mark.storage
+
 NONE, NODE, ALL = Extent
 SAVED_AT, FOLLOWING = 3, 5
 """Steps done when the state is saved, and losses compared afterwards."""

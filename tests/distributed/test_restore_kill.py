@@ -20,6 +20,8 @@ from phalanx.checkpoint.tool.reading import Reader, tensors_of
 from tests.counted_restore import new_counter
 from tests.stored import Arrays, make
 
+pytestmark = pytest.mark.storage
+
 ROOT = Path(__file__).resolve().parents[2]
 STEP = "step_00000100"
 

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,12 @@ from phalanx.train.model.config import ModelConfig
 from phalanx.train.optim.config import LrConfig, OptimConfig
 from tests.checkpoint.ranks import LINGER_S, kill_holders
 
+pytestmark = pytest.mark.storage
+
 STEPS = 28
 """A run resumed from its checkpoint of step 6 still has more than 20 to compare."""
+Metrics = list[tuple[int, float, float]]
+Whole = Callable[[dict[str, int]], Metrics]
 LAYOUTS = [
     {"dp_shard": 4},
     {"tp": 2, "dp_shard": 2},
@@ -40,7 +45,8 @@ LAYOUTS = [
 
 
 def config_for(data: DataConfig, run_dir: Path, layout: dict[str, int], **changes: Any) -> Config:
-    """A small run of STEPS steps with a checkpoint every 6."""
+    """A small run of STEPS steps with a checkpoint every 6, of few and large microbatches."""
+    parallel = ParallelConfig(**{"dp_shard": 1, **layout})
     config = Config(
         run=RunConfig(dir=str(run_dir)),
         model=ModelConfig(
@@ -53,9 +59,13 @@ def config_for(data: DataConfig, run_dir: Path, layout: dict[str, int], **change
             ffn_dim=52,
         ),
         data=data,
-        parallel=ParallelConfig(**{"dp_shard": 1, **layout}),
+        parallel=parallel,
         training=TrainingConfig(
-            steps=STEPS, seq_len=32, global_batch_size=16, microbatch_size=2, eval_batches=1
+            steps=STEPS,
+            seq_len=32,
+            global_batch_size=16,
+            microbatch_size=min(8, 16 // (parallel.dp_shard * parallel.pp)),
+            eval_batches=1,
         ),
         optim=OptimConfig(lr=LrConfig(warmup_steps=4, peak=3e-3)),
         checkpoint=CheckpointConfig(
@@ -99,18 +109,31 @@ def train(config: Config, *, kill_at: int | None = None) -> dict[str, Any]:
     return launch(train_rank, config, kill_at, world_size=size, config=config.launch)[0]
 
 
-def metrics(config: Config) -> list[tuple[int, float, float]]:
+def metrics(config: Config) -> Metrics:
     """(step, loss, norm) of every line of metrics.jsonl."""
     lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
     return [(m["step"], m["loss"], m["grad_norm"]) for m in map(json.loads, lines)]
 
 
+@pytest.fixture(scope="module")
+def whole(demo_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """`whole(layout)`: what a run in it logs that nothing interrupts; each is run once."""
+    known: dict[str, Metrics] = {}
+
+    def logged(layout: dict[str, int]) -> Metrics:
+        if str(layout) not in known:
+            config = config_for(demo_data, tmp_path_factory.mktemp("whole"), layout)
+            train(config)
+            known[str(layout)] = metrics(config)
+        return known[str(layout)]
+
+    return logged
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["dp", "tp-dp", "pp-dp"])
 def test_resumes_twice_bit_for_bit(
-    demo_data: DataConfig, tmp_path: Path, layout: dict[str, int]
+    demo_data: DataConfig, tmp_path: Path, whole: Whole, layout: dict[str, int]
 ) -> None:
-    whole = config_for(demo_data, tmp_path / "whole", layout)
-    train(whole)
     broken = config_for(demo_data, tmp_path / "broken", layout)
     for kill_at, source in ((9, "storage"), (16, "memory")):
         with pytest.raises(RankFailed, match="SIGKILL"):
@@ -118,8 +141,8 @@ def test_resumes_twice_bit_for_bit(
         if source == "storage":
             kill_holders(Path(broken.checkpoint.dir))
     assert train(broken)["steps"] == STEPS
-    assert metrics(broken) == metrics(whole)
-    assert [step for step, _, _ in metrics(whole)] == list(range(STEPS))
+    assert metrics(broken) == whole(layout)
+    assert [step for step, _, _ in whole(layout)] == list(range(STEPS))
 
 
 @pytest.mark.parametrize(
@@ -131,10 +154,8 @@ def test_resumes_twice_bit_for_bit(
     ],
 )
 def test_sigterm_saves_and_the_next_run_goes_on(
-    demo_data: DataConfig, tmp_path: Path, layout: dict[str, int]
+    demo_data: DataConfig, tmp_path: Path, whole: Whole, layout: dict[str, int]
 ) -> None:
-    whole = config_for(demo_data, tmp_path / "whole", layout)
-    train(whole)
     stopped = config_for(demo_data, tmp_path / "stopped", layout)
     path = tmp_path / "stopped" / "metrics.jsonl"
 
@@ -150,18 +171,16 @@ def test_sigterm_saves_and_the_next_run_goes_on(
     assert result["stopped"] == "SIGTERM"
     assert 3 <= result["steps"] < STEPS
     assert train(stopped)["stopped"] is None
-    assert metrics(stopped) == metrics(whole)
+    assert metrics(stopped) == whole(layout)
 
 
-def test_goes_on_in_another_layout(demo_data: DataConfig, tmp_path: Path) -> None:
-    whole = config_for(demo_data, tmp_path / "whole", {"dp_shard": 2})
-    train(whole)
+def test_goes_on_in_another_layout(demo_data: DataConfig, tmp_path: Path, whole: Whole) -> None:
     moved = config_for(demo_data, tmp_path / "moved", {"dp_shard": 2})
     with pytest.raises(RankFailed):
         train(moved, kill_at=9)
     train(config_for(demo_data, tmp_path / "moved", {"pp": 2, "tp": 2}))
     for (step, loss, norm), (same, other, other_norm) in zip(
-        metrics(whole), metrics(moved), strict=True
+        whole({"dp_shard": 2}), metrics(moved), strict=True
     ):
         # fp32 sums in another order: rounding of 1e-7 that 22 optimizer steps amplify.
         assert step == same

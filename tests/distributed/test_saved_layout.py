@@ -30,6 +30,8 @@ from phalanx.train.resume.state import random_states
 from tests.small_run import make_config, make_engine
 from tests.stored import make
 
+pytestmark = pytest.mark.storage
+
 Run = Callable[..., list[Any]]
 
 LAYOUTS: list[tuple[dict[str, int], int]] = [

@@ -21,6 +21,8 @@ from tests.checkpoint.ranks import Events, Run, holder_pids
 from tests.killed_run import end_all, snapshot_bytes, wait_until
 from tests.protecting import check_protected, flip, goes_on, protected_manager, state, take
 
+pytestmark = pytest.mark.holders
+
 
 def go_on_and_die(
     ranks: Ranks, root: Path, parity: int, lost: tuple[int, ...], steps: int = 1

@@ -12,6 +12,8 @@ from phalanx.train.data.config import DataConfig
 from tests.checkpoint.ranks import committed_steps
 from tests.killed_run import Run, alive, end_all, going_on_from, wait_until
 
+pytestmark = pytest.mark.holders
+
 STEPS = 60
 MakeRun = Callable[..., Run]
 
@@ -62,7 +64,7 @@ def check_resumed(text: str, logged: int | None) -> None:
 
 def check_kills(make_run: MakeRun, kills: list[tuple[str, int]], *layout: str) -> None:
     whole, broken = make_run("whole", *layout), make_run("broken", *layout)
-    whole.finish("checkpoint.snapshot.every=0")
+    whole.finish_here("checkpoint.snapshot.every=0")
     kill_and_go_on(broken, kills)
     assert broken.metrics() == whole.metrics()
     assert [step for step, _, _ in whole.metrics()] == list(range(STEPS))
@@ -115,7 +117,7 @@ def test_whoever_is_killed_in_other_layouts(make_run: MakeRun, layout: str) -> N
 )
 def test_goes_on_in_another_layout(make_run: MakeRun, before: str, after: str) -> None:
     whole = make_run("whole", *before.split())
-    whole.finish("checkpoint.snapshot.every=0")
+    whole.finish_here("checkpoint.snapshot.every=0")
     moved = make_run("moved")
     moved.start(*before.split())
     moved.wait_for_lines(9)
@@ -147,7 +149,7 @@ def test_a_stop_that_saves_nothing_leaves_the_memory(make_run: MakeRun) -> None:
 @pytest.mark.slow
 def test_two_runs_at_once_do_not_touch_each_other(make_run: MakeRun) -> None:
     whole = make_run("whole", "parallel.dp_shard=2", "training.seed=3")
-    whole.finish("checkpoint.snapshot.every=0")
+    whole.finish_here("checkpoint.snapshot.every=0")
     runs = [make_run(name, "parallel.dp_shard=2", "training.seed=3") for name in ("one", "other")]
     for run in runs:
         run.start()
@@ -193,7 +195,7 @@ def test_nodes_that_are_lost_with_their_ranks(make_run: MakeRun) -> None:
     layout = ["parallel.dp_shard=4", "launch.nodes=4", "launch.ranks_per_node=1"]
     layout += ["launch.emulate_nodes=true", "checkpoint.snapshot.parity=xor", "checkpoint.every=8"]
     whole, broken = make_run("whole", *layout), make_run("broken", *layout)
-    whole.finish("checkpoint.snapshot.every=0", "checkpoint.every=0")
+    whole.finish_here("checkpoint.snapshot.every=0", "checkpoint.every=0")
     broken.start()
     broken.wait_for_lines(5)
     broken.kill("everything")

@@ -20,6 +20,8 @@ from phalanx.checkpoint.storage.s3 import S3Storage
 from tests.s3 import BUCKET, Link, Server, client, open_bucket, options
 from tests.stored import save
 
+pytestmark = pytest.mark.storage
+
 MIB = 1 << 20
 PIECE = 5 * MIB
 

@@ -27,6 +27,8 @@ from phalanx.train.model.plan import plan_for
 from phalanx.train.model.transformer import Transformer
 from tests.small_run import make_batch, make_config, reference_loss, reference_model
 
+pytestmark = pytest.mark.pipeline
+
 NONE, SELECTIVE, FULL = (
     ActivationCheckpoint.none,
     ActivationCheckpoint.selective,

@@ -13,6 +13,8 @@ from phalanx.train.config import Precision, PrecisionConfig
 from tests.small_run import rank_batch
 from tests.zero import STEPS, Case, Found, Step, at, case, compared, gradient_error, references
 
+pytestmark = pytest.mark.zero
+
 NONE, NODE, ALL = Extent
 FULL = ActivationCheckpoint.full
 TOLERANCE = 1e-12

@@ -20,6 +20,8 @@ from phalanx.train.engine.step import Engine
 from tests.small_run import make_config, make_engine, rank_batch
 from tests.zero import Case, at, case, compared, references
 
+pytestmark = pytest.mark.zero
+
 WORLD = 4
 INT8, INT4, FP8 = Quantization.int8, Quantization.int4, Quantization.fp8
 NONE, NODE, ALL = Extent

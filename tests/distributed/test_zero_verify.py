@@ -20,6 +20,8 @@ from phalanx.train.model.config import ModelConfig
 from phalanx.train.verify import Report, verify
 from tests.zero import at
 
+pytestmark = [pytest.mark.verify, pytest.mark.zero]
+
 MODEL = ModelConfig(
     vocab_size=300,
     dim=36,

@@ -20,6 +20,8 @@ from phalanx.checkpoint.tool.places import find
 from phalanx.checkpoint.tool.reading import Reader
 from tests.stored import make, tensors
 
+pytestmark = pytest.mark.storage
+
 STEP = "step_00000100"
 
 

@@ -1,5 +1,6 @@
 """Every YAML in configs/ composes into a valid run, and published models have published sizes."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ PUBLISHED = {
 }
 
 
+@cache
+def composed(override: str) -> Config:
+    """What `override` alone makes, composed once for all tests."""
+    return compose([override])
+
+
 def test_every_yaml_is_an_option_or_the_root() -> None:
     found = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")}
     named = {f"{group}/{option}.yaml" for group, option in OPTIONS}
@@ -35,12 +42,12 @@ def test_every_yaml_is_an_option_or_the_root() -> None:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_option_composes(group: str, option: str) -> None:
-    assert isinstance(compose([f"{group}={option}"]), Config)
+    assert isinstance(composed(f"{group}={option}"), Config)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_composes_under_its_own_name(name: str) -> None:
-    config = compose([f"experiment={name}"])
+    config = composed(f"experiment={name}")
     assert config.run.name == name
     assert config.run.dir == f"runs/{name}"
     assert config.checkpoint.dir == f"runs/{name}/checkpoints"
@@ -48,13 +55,13 @@ def test_experiment_composes_under_its_own_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted({*EXPERIMENTS} - {"tiny"}))
 def test_experiment_takes_the_model_of_its_name(name: str) -> None:
-    assert compose([f"experiment={name}"]).model == compose([f"model={name}"]).model
+    assert composed(f"experiment={name}").model == composed(f"model={name}").model
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_fits_the_machines_it_names(name: str) -> None:
     """Degrees, batch and microbatches agree on 8 ranks a machine (the demo: on its 4)."""
-    config = compose([f"experiment={name}"])
+    config = composed(f"experiment={name}")
     world_size = 4 if name == "tiny" else config.launch.nodes * 8
     assert config.num_microbatches(world_size) >= config.parallel.pp
 
@@ -71,5 +78,5 @@ def test_parameter_count_is_near_the_name(name: str, about: float) -> None:
 
 def _num_parameters(name: str) -> int:
     with torch.device("meta"):
-        model = Transformer(compose([f"model={name}"]).model)
+        model = Transformer(composed(f"model={name}").model)
     return sum(parameter.numel() for parameter in model.parameters())

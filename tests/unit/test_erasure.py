@@ -29,6 +29,8 @@ from phalanx.checkpoint.erasure.field import (
 from phalanx.checkpoint.erasure.isal import IsaL, candidates
 from phalanx.checkpoint.erasure.portable import BLOCK, Backend, Portable
 
+pytestmark = pytest.mark.holders
+
 CODES = [(2, 1), (4, 2), (6, 2), (8, 2), (10, 4)]
 DIGESTS = ["62778fcbeb1ef094", "6159d2fe8c2e7460"]
 LENGTHS = [0, 1, 63, 64, 65, BLOCK + 1, (1 << 20) + 7]

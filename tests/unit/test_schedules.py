@@ -14,6 +14,8 @@ from phalanx.parallel.pipeline.schedules.registry import (
 from phalanx.parallel.pipeline.simulate import Costs, Memory, Report, report
 from phalanx.parallel.pipeline.validate import validate
 
+pytestmark = pytest.mark.pipeline
+
 # Model, p, m, time of F, B, W of a rank and of a hop in microseconds; bubbles of 1F1B, ZB-H1, ZB-H2
 # (Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024, section 5.3).
 ICLR = [

@@ -21,6 +21,8 @@ from phalanx.parallel.pipeline.search.bound import lower_bound
 from phalanx.parallel.pipeline.simulate import Costs, Memory, report, simulate
 from phalanx.parallel.pipeline.validate import validate
 
+pytestmark = pytest.mark.pipeline
+
 # Zero Bubble Pipeline Parallelism, table of bubble rates: ranks, microbatches, times of F, B and W
 # and of a hop in microseconds, bubble rates of ZB-1p and of ZB-2p.
 PUBLISHED = [
@@ -150,6 +152,13 @@ def test_unequal_stages_keep_their_limits(chunks: int) -> None:
         assert spans[2] < spans[0]
 
 
+@pytest.fixture
+def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the best is not asked for, or is found at once."""
+    monkeypatch.setattr("phalanx.parallel.pipeline.search.auto._EFFORT_S", 0.1)
+
+
+@pytest.mark.usefixtures("little_effort")
 def test_same_input_same_schedule() -> None:
     ask = {"num_ranks": 3, "num_microbatches": 5, "f": 10, "b": 11, "w": 7, "hop": 1, "limit": 6}
     assert best_schedule(**ask) == best_schedule(**ask)
@@ -163,7 +172,7 @@ def test_least_memory_is_met_and_less_is_refused(placement: tuple[int, ...]) -> 
     least = least_memory(placement, num_microbatches=m, memory=memory)
     assert least == 2 * S / (max(placement) + 1)
     ask = {"num_microbatches": m, "costs": costs, "memory": memory}
-    found = best_order(placement, **ask, limit=least)
+    found = best_order(placement, **ask, limit=least, effort_s=0.3)
     assert memory.peak(found) == least
     with pytest.raises(ValueError, match=rf"memory limit .*least that would do is {least:g}"):
         best_order(placement, **ask, limit=least - 0.5)
@@ -175,6 +184,7 @@ def test_a_backward_that_needs_memory_counts_in_the_least() -> None:
     assert least_memory((0, 1), num_microbatches=3, memory=memory) == 3
 
 
+@pytest.mark.usefixtures("little_effort")
 def test_one_rank_or_one_microbatch_is_a_schedule() -> None:
     for p, m in ((1, 3), (3, 1), (1, 1)):
         found = best_schedule(num_ranks=p, num_microbatches=m, f=1, b=1, w=1, hop=0, limit=2)

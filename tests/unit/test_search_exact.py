@@ -14,6 +14,8 @@ from phalanx.parallel.pipeline.simulate import Costs, Memory, simulate
 from phalanx.parallel.pipeline.validate import validate
 from tests.parallel.pipeline.search.exact import proven_best
 
+pytestmark = pytest.mark.pipeline
+
 COSTS = [(1, 1, 1, 0), (10, 12, 8, 2), (10, 10, 4, 0)]
 LIMITS = [0.5, 0.75, 1.0, 1.5, 2.0]
 """In p microbatches."""

@@ -1,6 +1,7 @@
 """Slices of a unit against a slow layout: one element at a time, from torch.chunk's definition."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from math import prod
 
 import pytest
@@ -64,74 +65,67 @@ def parts(wholes: Sequence[Tensor], layout: SliceLayout, index: int) -> list[Ten
     ]
 
 
-units = pytest.mark.parametrize("shapes", UNITS.values(), ids=UNITS.keys())
-nodes = pytest.mark.parametrize(("across", "local"), NODES_BY_RANKS)
-blocks = pytest.mark.parametrize("block", BLOCKS)
+def layouts() -> Iterator[tuple[str, SliceLayout, list[Shape], int]]:
+    """Every unit over all nodes by ranks in all sizes of blocks: what to call the case, its layout,
+    the unit's shapes and the block's size."""
+    for (unit, shapes), (across, local), block in product(UNITS.items(), NODES_BY_RANKS, BLOCKS):
+        layout = SliceLayout(shapes, across=across, local=local, block=block)
+        yield f"{unit}, {across} nodes of {local}, block {block}", layout, shapes, block
 
 
-@units
-@nodes
-@blocks
-def test_every_element_has_one_place(
-    shapes: list[Shape], across: int, local: int, block: int
-) -> None:
-    layout = SliceLayout(shapes, across=across, local=local, block=block)
-    wholes = numbered(shapes)
-    slots = packed(layout, wholes)
-    assert torch.equal(slots, slow_slots(layout, wholes))
-    held = slots[slots != NOWHERE].sort().values
-    assert torch.equal(held, torch.cat([whole.flatten() for whole in wholes]))
-
-    back = [torch.full_like(whole, -1) for whole in wholes]
-    layout.unpack(slots, back)
-    assert all(torch.equal(one, other) for one, other in zip(back, wholes, strict=True))
+def test_there_are_216_layouts() -> None:
+    assert len({case for case, *_ in layouts()}) == 216
 
 
-@units
-@nodes
-@blocks
-def test_a_slice_is_its_ranks_rows(
-    shapes: list[Shape], across: int, local: int, block: int
-) -> None:
+def test_every_element_has_one_place() -> None:
+    for case, layout, shapes, _ in layouts():
+        wholes = numbered(shapes)
+        slots = packed(layout, wholes)
+        assert torch.equal(slots, slow_slots(layout, wholes)), case
+        held = slots[slots != NOWHERE].sort().values
+        assert torch.equal(held, torch.cat([whole.flatten() for whole in wholes])), case
+
+        back = [torch.full_like(whole, -1) for whole in wholes]
+        layout.unpack(slots, back)
+        assert all(torch.equal(one, other) for one, other in zip(back, wholes, strict=True)), case
+
+
+def test_a_slice_is_its_ranks_rows() -> None:
     """fill_slice, parts_of and rows_of against torch.chunk, and against the slots."""
-    layout = SliceLayout(shapes, across=across, local=local, block=block)
-    wholes = numbered(shapes)
-    slots = packed(layout, wholes)
-    for index in range(layout.num_slices):
-        mine = parts(wholes, layout, index)
-        own = torch.full((layout.numel,), 7e7, dtype=torch.float64)
-        layout.fill_slice(mine, own)
-        assert torch.equal(own, slots[index % local, index // local])
-        assert [entry.rows_of(index) for entry in layout.entries] == [len(part) for part in mine]
-        found = layout.parts_of(own, index)
-        for part, expected in zip(found, mine, strict=True):
-            assert part.shape == expected.shape
-            assert torch.equal(part, expected)
-            assert part.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+    for case, layout, shapes, _ in layouts():
+        wholes = numbered(shapes)
+        slots = packed(layout, wholes)
+        for index in range(layout.num_slices):
+            which = f"{case}: slice {index}"
+            mine = parts(wholes, layout, index)
+            own = torch.full((layout.numel,), 7e7, dtype=torch.float64)
+            layout.fill_slice(mine, own)
+            assert torch.equal(own, slots[index % layout.local, index // layout.local]), which
+            rows = [entry.rows_of(index) for entry in layout.entries]
+            assert rows == [len(part) for part in mine], which
+            found = layout.parts_of(own, index)
+            for part, expected in zip(found, mine, strict=True):
+                assert part.shape == expected.shape, which
+                assert torch.equal(part, expected), which
+                assert part.untyped_storage().data_ptr() == own.untyped_storage().data_ptr(), which
 
 
-@units
-@nodes
-@blocks
-def test_no_block_mixes_parameters(
-    shapes: list[Shape], across: int, local: int, block: int
-) -> None:
-    layout = SliceLayout(shapes, across=across, local=local, block=block)
-    owners = [torch.full(shape, float(i + 1)) for i, shape in enumerate(shapes)]
-    slots = torch.zeros(layout.local, layout.across, layout.numel)
-    layout.pack(owners, slots)
-    matrices = slots[:, :, : layout.matrix_numel]
-    in_blocks = matrices.reshape(-1, block) if block > 1 else matrices.reshape(-1, 1)
-    for row in in_blocks:
-        assert len(set(row.tolist()) - {0.0}) <= 1
-    ranks = {float(i + 1): len(shape) for i, shape in enumerate(shapes)}
-    assert all(ranks[owner] >= 2 for owner in set(matrices.flatten().tolist()) - {0.0})
-    vectors = set(slots[:, :, layout.matrix_numel :].flatten().tolist()) - {0.0}
-    assert all(ranks[owner] == 1 for owner in vectors)
-    assert layout.matrix_numel % block == 0
-    # Bytes of every region's beginning are a multiple of 16 even in one-byte formats.
-    assert layout.matrix_numel % 16 == 0
-    assert layout.numel % 16 == 0
+def test_no_block_mixes_parameters() -> None:
+    for case, layout, shapes, block in layouts():
+        owners = [torch.full(shape, float(i + 1)) for i, shape in enumerate(shapes)]
+        slots = torch.zeros(layout.local, layout.across, layout.numel)
+        layout.pack(owners, slots)
+        matrices = slots[:, :, : layout.matrix_numel]
+        for row in matrices.reshape(-1, block):
+            assert len(set(row.tolist()) - {0.0}) <= 1, case
+        ranks = {float(i + 1): len(shape) for i, shape in enumerate(shapes)}
+        assert all(ranks[owner] >= 2 for owner in set(matrices.flatten().tolist()) - {0.0}), case
+        vectors = set(slots[:, :, layout.matrix_numel :].flatten().tolist()) - {0.0}
+        assert all(ranks[owner] == 1 for owner in vectors), case
+        assert layout.matrix_numel % block == 0, case
+        # Bytes of every region's beginning are a multiple of 16 even in one-byte formats.
+        assert layout.matrix_numel % 16 == 0, case
+        assert layout.numel % 16 == 0, case
 
 
 @pytest.mark.parametrize(
