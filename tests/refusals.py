@@ -15,8 +15,8 @@ import pytest
 from phalanx.parallel.config import ParallelConfig
 from phalanx.train.config import Config, TrainingConfig
 from phalanx.train.model.config import ModelConfig
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = [
     "parallel.config",
     "train.config",

@@ -1,0 +1,113 @@
+"""`phalanx verify` at every point of ZeRO's space, on nodes that one machine plays."""
+
+import pytest
+
+from phalanx.launch.ranks.start import launch
+from phalanx.parallel.config import ParallelConfig
+from phalanx.parallel.pipeline.config import PipelineConfig
+from phalanx.parallel.zero.config import ZeroConfig
+from phalanx.parallel.zero.partition import POINTS, Extent, Partition
+from phalanx.train.config import (
+    Config,
+    Device,
+    LaunchConfig,
+    Precision,
+    TrainingConfig,
+    VerifyConfig,
+)
+from phalanx.train.data.config import DataConfig
+from phalanx.train.model.config import ModelConfig
+from phalanx.train.verify import Report, verify
+from tests.parallel.zero.layouts import at
+
+pytestmark = [pytest.mark.verify, pytest.mark.zero]
+
+MODEL = ModelConfig(
+    vocab_size=300,
+    dim=36,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=10,
+    ffn_dim=52,
+    qk_norm=True,
+    attention_bias=True,
+)
+NONE, NODE, ALL = Extent
+TWO_BY_TWO = {"dp_shard": 4}
+NODES_OF_RANKS: dict[str, tuple[dict[str, int], int, int]] = {
+    "2 x 2": (TWO_BY_TWO, 2, 2),
+    "2 x 4": ({"dp_shard": 8}, 2, 4),
+    "2 x 2 of tp": ({"dp_shard": 4, "tp": 2}, 2, 4),
+    "pp, each 2 x 2": ({"dp_shard": 4, "pp": 2}, 4, 2),
+    "replicas, each 2 x 2": ({"dp_shard": 4, "dp_replicate": 2}, 4, 2),
+}
+EVERYWHERE = {**{str(point): at(point) for point in POINTS}, "hpZ": ZeroConfig(secondary_shard=2)}
+
+
+def run(
+    data: DataConfig,
+    zero: ZeroConfig,
+    degrees: dict[str, int],
+    *,
+    nodes: int,
+    ranks_per_node: int,
+    schedule: str = "1f1b",
+    resume_in: dict[str, int] | None = None,
+) -> Report:
+    """Verify a small model on the test corpus; four microbatches, or two, a step."""
+    config = Config(
+        model=MODEL,
+        data=data,
+        parallel=ParallelConfig(**degrees),
+        pipeline=PipelineConfig(schedule=schedule),
+        zero=zero,
+        training=TrainingConfig(seq_len=32, global_batch_size=16, microbatch_size=1),
+        launch=LaunchConfig(
+            nodes=nodes,
+            ranks_per_node=ranks_per_node,
+            emulate_nodes=True,
+            device=Device.cpu,
+            threads_per_rank=1,
+            timeout_s=120,
+        ),
+        verify=VerifyConfig(dtype=Precision.fp64, steps=2, resume_in=resume_in or {}),
+    )
+    return verify(config, launch, world_size=nodes * ranks_per_node)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", NODES_OF_RANKS.values(), ids=NODES_OF_RANKS.keys())
+@pytest.mark.parametrize("zero", EVERYWHERE.values(), ids=EVERYWHERE.keys())
+def test_every_point_equals_one_process(
+    demo_data: DataConfig, zero: ZeroConfig, place: tuple[dict[str, int], int, int]
+) -> None:
+    degrees, nodes, ranks_per_node = place
+    report = run(demo_data, zero, degrees, nodes=nodes, ranks_per_node=ranks_per_node)
+    assert report.passed, report.table()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", EVERYWHERE.values(), ids=EVERYWHERE.keys())
+def test_split_backward_passes_equal_one_process(demo_data: DataConfig, zero: ZeroConfig) -> None:
+    degrees, nodes, ranks_per_node = NODES_OF_RANKS["pp, each 2 x 2"]
+    report = run(
+        demo_data, zero, degrees, nodes=nodes, ranks_per_node=ranks_per_node, schedule="zb_h1"
+    )
+    assert report.passed, report.table()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("point", "after"),
+    [
+        (Partition(NODE, NODE, NODE), {"tp": 2, "dp_shard": 2}),
+        (Partition(NODE, NODE, ALL), {"pp": 2, "dp_shard": 2}),
+    ],
+    ids=str,
+)
+def test_states_of_nodes_resume_in_another_layout(
+    demo_data: DataConfig, point: Partition, after: dict[str, int]
+) -> None:
+    report = run(demo_data, at(point), TWO_BY_TWO, nodes=2, ranks_per_node=2, resume_in=after)
+    assert report.passed, report.table()
