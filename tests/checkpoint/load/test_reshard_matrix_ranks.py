@@ -56,7 +56,7 @@ def layout(
     zero: ZeroConfig | int, *, ranks: int, per_node: int | None = None, **degrees: Any
 ) -> Layout:
     zero = ZeroConfig(stage=zero) if isinstance(zero, int) else zero
-    degrees.setdefault("dp_shard", 1)
+    degrees = {"dp_shard": 1, "microbatch": 2, **degrees}
     # Tied, so that the ends of a pipeline hold copies of one matrix.
     made = case(zero, ranks_per_node=per_node or ranks, num_layers=4, tied=True, **degrees)
     return Layout(ranks=ranks, case=made)

@@ -54,7 +54,15 @@ BESIDE = [
     ),
     # Tensor parallelism: nodes of one data-parallel rank, and of two.
     *(
-        case(zero, tp=2, dp_shard=2, ranks_per_node=per_node, tied=tied, num_layers=1)
+        case(
+            zero,
+            tp=2,
+            dp_shard=2,
+            ranks_per_node=per_node,
+            tied=tied,
+            num_layers=1,
+            microbatch=2,
+        )
         for zero, per_node, tied in (
             (at(POINTS[0]), 2, False),
             (at(Partition(NODE, NODE, ALL)), 2, False),
@@ -200,7 +208,7 @@ def test_every_point_on_nodes_of_four(run_ranks: Callable[..., list[Any]]) -> No
         {"dp_shard": 4, "tp": 2},
         {"pp": 2, "dp_shard": 4},
         {"pp": 2, "dp_shard": 4, "schedule": "zb_h1"},
-        {"pp": 2, "dp_shard": 2, "tp": 2},
+        {"pp": 2, "dp_shard": 2, "tp": 2, "microbatch": 2},
     ],
     ids=str,
 )

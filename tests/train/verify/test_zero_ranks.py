@@ -2,7 +2,6 @@
 
 import pytest
 
-from phalanx.launch.ranks.start import launch
 from phalanx.parallel.config import ParallelConfig
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.parallel.zero.config import ZeroConfig
@@ -17,8 +16,9 @@ from phalanx.train.config import (
 )
 from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
-from phalanx.train.verify import Report, verify
+from phalanx.train.verify import Report
 from tests.parallel.zero.layouts import at
+from tests.train.verify.verifier import Verifier
 
 pytestmark = [pytest.mark.verify, pytest.mark.zero]
 
@@ -45,7 +45,13 @@ NODES_OF_RANKS: dict[str, tuple[dict[str, int], int, int]] = {
 EVERYWHERE = {**{str(point): at(point) for point in POINTS}, "hpZ": ZeroConfig(secondary_shard=2)}
 
 
+@pytest.fixture(scope="module")
+def verifier(tmp_path_factory: pytest.TempPathFactory) -> Verifier:
+    return Verifier(tmp_path_factory.mktemp("references"))
+
+
 def run(
+    verifier: Verifier,
     data: DataConfig,
     zero: ZeroConfig,
     degrees: dict[str, int],
@@ -55,14 +61,17 @@ def run(
     schedule: str = "1f1b",
     resume_in: dict[str, int] | None = None,
 ) -> Report:
-    """Verify a small model on the test corpus; four microbatches, or two, a step."""
+    """Verify a small model on the test corpus: two microbatches a step, or four where only four
+    data-parallel ranks are."""
+    parallel = ParallelConfig(**degrees)
+    microbatch = 2 if parallel.tp * parallel.pp > 1 else 1
     config = Config(
         model=MODEL,
         data=data,
-        parallel=ParallelConfig(**degrees),
+        parallel=parallel,
         pipeline=PipelineConfig(schedule=schedule),
         zero=zero,
-        training=TrainingConfig(seq_len=32, global_batch_size=16, microbatch_size=1),
+        training=TrainingConfig(seq_len=32, global_batch_size=16, microbatch_size=microbatch),
         launch=LaunchConfig(
             nodes=nodes,
             ranks_per_node=ranks_per_node,
@@ -73,27 +82,41 @@ def run(
         ),
         verify=VerifyConfig(dtype=Precision.fp64, steps=2, resume_in=resume_in or {}),
     )
-    return verify(config, launch, world_size=nodes * ranks_per_node)
+    return verifier(config, world_size=nodes * ranks_per_node)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", NODES_OF_RANKS.values(), ids=NODES_OF_RANKS.keys())
 @pytest.mark.parametrize("zero", EVERYWHERE.values(), ids=EVERYWHERE.keys())
 def test_every_point_equals_one_process(
-    demo_data: DataConfig, zero: ZeroConfig, place: tuple[dict[str, int], int, int]
+    verifier: Verifier,
+    demo_data: DataConfig,
+    zero: ZeroConfig,
+    place: tuple[dict[str, int], int, int],
 ) -> None:
+    """Pipelines with split backward passes, whose weight gradients come later."""
     degrees, nodes, ranks_per_node = place
-    report = run(demo_data, zero, degrees, nodes=nodes, ranks_per_node=ranks_per_node)
+    report = run(
+        verifier,
+        demo_data,
+        zero,
+        degrees,
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        schedule="zb_h1" if "pp" in degrees else "1f1b",
+    )
     assert report.passed, report.table()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", EVERYWHERE.values(), ids=EVERYWHERE.keys())
-def test_split_backward_passes_equal_one_process(demo_data: DataConfig, zero: ZeroConfig) -> None:
+@pytest.mark.parametrize("extent", Extent, ids=lambda extent: extent.name)
+def test_whole_backward_passes_equal_one_process(
+    verifier: Verifier, demo_data: DataConfig, extent: Extent
+) -> None:
+    """Where all is divided alike; test_zero.py has them at every point."""
     degrees, nodes, ranks_per_node = NODES_OF_RANKS["pp, each 2 x 2"]
-    report = run(
-        demo_data, zero, degrees, nodes=nodes, ranks_per_node=ranks_per_node, schedule="zb_h1"
-    )
+    zero = at(Partition(extent, extent, extent))
+    report = run(verifier, demo_data, zero, degrees, nodes=nodes, ranks_per_node=ranks_per_node)
     assert report.passed, report.table()
 
 
@@ -107,7 +130,9 @@ def test_split_backward_passes_equal_one_process(demo_data: DataConfig, zero: Ze
     ids=str,
 )
 def test_states_of_nodes_resume_in_another_layout(
-    demo_data: DataConfig, point: Partition, after: dict[str, int]
+    verifier: Verifier, demo_data: DataConfig, point: Partition, after: dict[str, int]
 ) -> None:
-    report = run(demo_data, at(point), TWO_BY_TWO, nodes=2, ranks_per_node=2, resume_in=after)
+    report = run(
+        verifier, demo_data, at(point), TWO_BY_TWO, nodes=2, ranks_per_node=2, resume_in=after
+    )
     assert report.passed, report.table()
