@@ -48,6 +48,7 @@ LEFT_OUT = {
     ".ci/run": "it runs these tests",
     'make test ARGS="-k resume"': "it runs these tests",
     'make test-slow ARGS="-m zero"': "it runs these tests",
+    'make test-slow ARGS="-m docs"': "it runs these tests",
     "make train ARGS=data=stdlib": "`make -n`, and the data's own tests",
     "make train ARGS=run.name=second": "`make -n`",
     'make env TORCH="torch --index-url https://download.pytorch.org/whl/cu128"': "a network, GPUs",
