@@ -76,11 +76,18 @@ VERBS: dict[str, Verb] = {
     ),
     "verify": Verb(
         run=verify,
-        usage="phalanx verify [--json FILE] [OVERRIDES]",
+        usage="phalanx verify [--random N [--seed S]] [--json FILE] [OVERRIDES]",
         summary="prove that a layout computes what one process computes",
         examples=(
             "phalanx verify parallel.dp_shard=2 parallel.tp=2",
             "phalanx verify parallel.pp=2 'verify.resume_in={tp: 2}' --json verify.json",
+            "phalanx verify --random 20 parallel.pp=2",
+        ),
+        options=(
+            ("--random N", "N layouts, shapes and options that the checks allow, in fp64; what"),
+            ("", "OVERRIDES say is the same in all of them"),
+            ("--seed S", "draw the same again"),
+            ("--json FILE", "write what was found"),
         ),
     ),
     "data": Verb(

@@ -33,8 +33,7 @@ def verify(config: Config, launch: Callable[..., list[Any]], *, world_size: int)
             configuration rounds what travels.
     """
     reference, layout, resumed = layouts(config)
-    resumed_size = resumed.parallel.dp_shard * resumed.parallel.fixed_degree
-    check_pipeline(resumed, resumed.num_microbatches(resumed_size))
+    resumed_size = _num_ranks(resumed)
     tolerance = config.verify.tolerance
     if tolerance is None:
         tolerance = TOLERANCE[config.verify.dtype]
@@ -84,7 +83,13 @@ def layouts(config: Config) -> tuple[Config, Config, Config]:
     layout = _plain(config)
     # Lone process: nothing sharded, cut, recomputed or compiled.
     reference = _in_layout(layout, dict.fromkeys(DEGREES, 1), alone=True)
-    return reference, layout, _in_layout(layout, _resume_degrees(config), alone=False)
+    resumed = _in_layout(layout, _resume_degrees(config), alone=False)
+    check_pipeline(resumed, resumed.num_microbatches(_num_ranks(resumed)))
+    return reference, layout, resumed
+
+
+def _num_ranks(config: Config) -> int:
+    return config.parallel.dp_shard * config.parallel.fixed_degree
 
 
 def _record(ranks: Any, config: Config, folder: Path, first: int, save_at: int | None) -> None:
