@@ -134,7 +134,9 @@ def test_every_command_is_one(document: str) -> None:
         assert any(re.search(pattern, as_run(line.text)) for pattern, _ in EXPECTED), line
         if VERBS[verb].takes_overrides and verb in ("train", "verify", "data"):
             argv = [word for word in rest if word not in ("prepare", "show")]
-            if "--help" in argv or any(part in line.text for part in ("--config-dir", "--json", "--random")):
+            if "--help" in argv or any(
+                part in line.text for part in ("--config-dir", "--json", "--random")
+            ):
                 continue
             compose(Command.parse(argv).jobs()[0])
 

@@ -43,6 +43,10 @@ NODES_OF_RANKS: dict[str, tuple[dict[str, int], int, int]] = {
     "replicas, each 2 x 2": ({"dp_shard": 4, "dp_replicate": 2}, 4, 2),
 }
 EVERYWHERE = {**{str(point): at(point) for point in POINTS}, "hpZ": ZeroConfig(secondary_shard=2)}
+ALIKE = {
+    **{extent.name: at(Partition(extent, extent, extent)) for extent in Extent},
+    "hpZ": EVERYWHERE["hpZ"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +113,13 @@ def test_every_point_equals_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extent", Extent, ids=lambda extent: extent.name)
+@pytest.mark.parametrize("zero", ALIKE.values(), ids=ALIKE.keys())
 def test_whole_backward_passes_equal_one_process(
-    verifier: Verifier, demo_data: DataConfig, extent: Extent
+    verifier: Verifier, demo_data: DataConfig, zero: ZeroConfig
 ) -> None:
-    """Where all is divided alike; test_zero.py has them at every point."""
+    """Where all is divided alike, and with a secondary shard; test_shard_ranks.py has them at every
+    point."""
     degrees, nodes, ranks_per_node = NODES_OF_RANKS["pp, each 2 x 2"]
-    zero = at(Partition(extent, extent, extent))
     report = run(verifier, demo_data, zero, degrees, nodes=nodes, ranks_per_node=ranks_per_node)
     assert report.passed, report.table()
 
