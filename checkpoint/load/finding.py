@@ -86,7 +86,7 @@ class Finder:
     def names(self, origin: Origin) -> set[str]:
         """Names of its tensors."""
         if origin.memory is not None:
-            return {row[0] for part in origin.memory.spec["parts"] for row in part}
+            return {entry.name for table in origin.memory.spec.tables() for entry in table.entries}
         assert origin.manifest is not None
         return {entry.name for part in origin.manifest.parts for entry in part.table.entries}
 

@@ -308,7 +308,7 @@ class Snapshots:
         meta = {**request.meta, "time": time.time()}
         client.commit(epoch.name, slot, request.step, digests=digests, meta=meta)
         if epoch.first:
-            self._older = {item["epoch"] for item in client.inventory()["epochs"]} - {epoch.name}
+            self._older = {held.epoch for held in client.inventory().epochs} - {epoch.name}
             epoch.first = False
         with self._freed:  # what is on its way to storage stays until a later commit
             idle = self._older - {name for name, _ in self._pinned}
