@@ -114,7 +114,7 @@ class Finder:
             source = StorageSource(self._storage, origin.folder, origin.manifest)
         try:
             wanted, problem, rounded = check_fit(source, tensors)
-            answers = self._peers.gather((problem, rounded))
+            answers = self._peers.all_gather((problem, rounded))
             for rank, (text, _) in enumerate(answers):
                 if text is not None:
                     raise ValueError(f"{origin.text} does not fit (rank {rank}): {text}")

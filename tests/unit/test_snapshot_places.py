@@ -32,7 +32,7 @@ class Told(Peers):
         self.rank, self.size = rank, len(answers[0])
         self._answers = list(answers)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         return self._answers.pop(0)
 
 
@@ -122,7 +122,7 @@ def test_tables_are_told_by_one_node_and_only_once_a_snapshot_is_chosen() -> Non
     told: list[Any] = []
 
     class Listening(Peers):
-        def gather(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             told.append(value)
             return [value]
 
