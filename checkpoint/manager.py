@@ -191,7 +191,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: the newest checkpoint asked for could not be saved.
         """
-        failures = self._peers.gather(self._underway.wait())
+        failures = self._peers.all_gather(self._underway.wait())
         failed = next((text for text in failures if text), None)
         if failed is not None:
             raise CheckpointError(failed)
@@ -214,7 +214,7 @@ class CheckpointManager:
             if self._snapshots is not None and finished:
                 self._snapshots.close()
         if finished and self._place is not None:
-            self._peers.gather(None)  # nobody needs a holder any more
+            self._peers.all_gather(None)  # nobody needs a holder any more
             self._finish_holder()
             self._snapshots = None
 

@@ -1,10 +1,11 @@
 """What ranks tell each other about a checkpoint: a failure on one is known to all."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from phalanx.checkpoint.errors import CheckpointError
@@ -36,7 +37,7 @@ class Peers:
         if self.rank == 0:
             print(f"phalanx: {text}", file=sys.stderr, flush=True)
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank, by rank."""
         if self.group is None:
             return [value]
@@ -56,12 +57,43 @@ class Peers:
             result = action()
         except Exception as caught:
             error = caught
-        answers = self.gather((result, None if error is None else self._blame(error)))
+        answers = self.all_gather((result, None if error is None else self._blame(error)))
         blames = [blame for _, blame in answers if blame is not None]
         if blames:
             text = f"{what}: {'; '.join(_sentences(blames))}"
             raise CheckpointError(text, defect=any(blame.defect for blame in blames)) from error
         return [answer for answer, _ in answers]  # type: ignore[misc]
+
+    def all_reduce(
+        self, what: str, action: Callable[[], Sequence[int] | None], *, count: int = 0
+    ) -> list[int]:
+        """Run `action` on every rank and return the sums of its `count` numbers, or fail on every
+        rank alike, as `agree`. One all-reduce, unless there are errors to be told.
+
+        Raises:
+            CheckpointError: `action` raised on some rank; says which, and what.
+        """
+        numbers = [0] * count
+        error: Exception | None = None
+        try:
+            found = list(action() or ())
+            assert len(found) == count, f"{len(found)} numbers, not {count}"
+            numbers = found
+        except Exception as caught:
+            error = caught
+        sums = torch.tensor([*numbers, error is not None], dtype=torch.int64)
+        if self.size > 1:
+            dist.all_reduce(sums, group=self.group)
+        *numbers, failed = sums.tolist()
+        if failed:
+
+            def raise_mine() -> None:
+                if error is not None:
+                    raise error
+
+            self.agree(what, raise_mine)
+            raise CheckpointError(f"{what}: a rank failed without saying why")
+        return numbers
 
     def _blame(self, error: Exception) -> _Blame:
         if isinstance(error, CheckpointError):  # every rank knows, and the text says who

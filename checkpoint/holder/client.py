@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from phalanx.checkpoint.holder.inventory import Inventory
 from phalanx.checkpoint.holder.line import HolderGone, HolderSilent, Line, mapped
-from phalanx.checkpoint.holder.spec import VERSION, HolderError
+from phalanx.checkpoint.holder.spec import HolderError, Spec
+from phalanx.checkpoint.holder.transport import Address
 
 __all__ = ["HolderClient", "HolderError", "HolderGone", "HolderSilent"]
 
@@ -51,22 +53,9 @@ class HolderClient(Line):
             self._call("retire", quiet_s=quiet_s)
             self.finish()
 
-    def inventory(self) -> dict[str, Any]:
-        """What the holder holds.
-
-        {"pid", "address": [host, port] or None, "epochs": oldest first, [{"epoch", "spec",
-        "frozen": whether a later one was opened, "bytes" of all its memory, "taken" of these so
-        far, "attached": ranks, "members": {"0": {"slots": [{"slot", "step",
-        "state": empty, filling, complete, committed or damaged, "meta", "digest" of this member's
-        data, "digests" of all members' once committed, "data_ok", "parity_ok"}]}}}]}
-        """
-        answer = dict(self._call("inventory"))
-        if answer.get("version") != VERSION:
-            raise HolderError(
-                f"the holder (process {answer.get('pid')}) was started by another version of this "
-                "program; end that run, or the process"
-            )
-        return answer
+    def inventory(self) -> Inventory:
+        """What the holder has."""
+        return Inventory.from_json(self._call("inventory"))
 
     def verify(self, epoch: str, member: int, slot: int) -> bool:
         """Whether a member's data still has its digest; where not, it counts as damaged."""
@@ -79,22 +68,19 @@ class HolderClient(Line):
 
     # --- of one rank a node -----------------------------------------------------------------------
 
-    def listen(self, host: str) -> list[Any]:
-        """Let other nodes' holders connect, at this address of the machine; [host, port]."""
-        return list(self._call("listen", host=host))
+    def listen(self, host: str) -> Address:
+        """Let other nodes' holders connect, at this address of the machine."""
+        host, port = self._call("listen", host=host)
+        return str(host), int(port)
 
-    def open(self, spec: Mapping[str, Any], *, member: int, populate: int) -> None:
+    def open(self, spec: Spec, *, member: int, populate: int) -> None:
         """Begin an epoch; those before it keep what is whole, and nothing more is done in them.
 
         Args:
-            spec: the same on every node: {"epoch": its name, "token": a secret of the job,
-                "parity": members of a group that may be lost, "slots": generations, "groups":
-                [[member, ...], ...], "nodes": by member, [{"address": what `listen` gave or None,
-                "ranks": [rank, ...]}], "parts": PartTable.to_json() by rank}.
             member: which of the nodes this is.
             populate: generations whose memory is taken now; the others' is when it is written.
         """
-        self._call("open", spec=spec, member=member, populate=populate)
+        self._call("open", spec=spec.to_json(), member=member, populate=populate)
 
     def protect(self, epoch: str, slot: int, step: int) -> dict[str, Any]:
         """Wait until all the node's ranks have filled their parts, and their parity is where it
@@ -116,13 +102,13 @@ class HolderClient(Line):
 
     def rebuild(
         self,
-        spec: Mapping[str, Any],
+        spec: Spec,
         *,
         member: int,
         step: int,
         meta: Mapping[str, Any],
         digests: Sequence[int],
-        sources: Mapping[int, Sequence[Any]],
+        sources: Mapping[int, Address],
     ) -> None:
         """Make a lost member's data and parity of a committed step; this holder has it then.
 
@@ -133,12 +119,12 @@ class HolderClient(Line):
         """
         self._call(
             "rebuild",
-            spec=spec,
+            spec=spec.to_json(),
             member=member,
             step=step,
             meta=dict(meta),
             digests=list(digests),
-            sources={str(other): list(address) for other, address in sources.items()},
+            sources={str(other): address for other, address in sources.items()},
         )
 
     def drain(

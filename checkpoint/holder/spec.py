@@ -1,12 +1,12 @@
 """What all holders of an epoch are told: who keeps what, and who protects whom. Torch-free."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from phalanx.checkpoint.erasure.stripes import Stripes
 from phalanx.checkpoint.format.table import PartTable
-from phalanx.checkpoint.holder.transport import Address
+from phalanx.checkpoint.holder.transport import Address, address_of
 
 VERSION = 2
 """Of what holders and their callers say to each other."""
@@ -18,13 +18,12 @@ class HolderError(RuntimeError):
     """A holder cannot do what it was asked to; the message says why."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Spec:
-    """An epoch: the members' ranks, parts and addresses, and their groups."""
+    """An epoch, alike on all nodes: the members' ranks, parts and addresses, and their groups."""
 
-    body: Mapping[str, Any]
-    """As it came; see `client.HolderClient.open`."""
     epoch: str
+    """Its name."""
     token: str
     """Who has it may push to this epoch and read it."""
     parity: int
@@ -36,12 +35,15 @@ class Spec:
     """By member."""
     ranks: tuple[tuple[int, ...], ...]
     """By member."""
-    _tables: dict[int, PartTable] = field(default_factory=dict, repr=False)
-    _stripes: dict[tuple[int, ...], Stripes] = field(default_factory=dict, repr=False)
+    parts: Sequence[list[list[Any]]] = field(repr=False)
+    """By rank, `PartTable.to_json` of its part: read by `table`, when one is asked for. Empty where
+    they were left out."""
+    _tables: dict[int, PartTable] = field(default_factory=dict, init=False, repr=False)
+    _stripes: dict[tuple[int, ...], Stripes] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def from_json(body: Mapping[str, Any]) -> "Spec":
-        """The epoch that a trainer describes.
+        """The epoch that `to_json` describes.
 
         Raises:
             HolderError: it makes no sense.
@@ -49,19 +51,34 @@ class Spec:
         try:
             nodes = body["nodes"]
             spec = Spec(
-                body=body,
                 epoch=str(body["epoch"]),
                 token=str(body["token"]),
                 parity=int(body["parity"]),
                 num_slots=int(body["slots"]),
                 groups=tuple(tuple(map(int, group)) for group in body["groups"]),
-                addresses=tuple(_address(node["address"]) for node in nodes),
+                addresses=tuple(address_of(node["address"]) for node in nodes),
                 ranks=tuple(tuple(map(int, node["ranks"])) for node in nodes),
+                parts=body["parts"],
             )
-            spec._check(len(body["parts"]))
+            spec._check(len(spec.parts))
         except (KeyError, TypeError, ValueError) as error:
             raise HolderError(f"no epoch: {type(error).__name__}: {error}") from None
         return spec
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is sent."""
+        return {
+            "epoch": self.epoch,
+            "token": self.token,
+            "parity": self.parity,
+            "slots": self.num_slots,
+            "groups": [list(group) for group in self.groups],
+            "nodes": [
+                {"address": address, "ranks": list(ranks)}
+                for address, ranks in zip(self.addresses, self.ranks, strict=True)
+            ],
+            "parts": list(self.parts),
+        }
 
     def _check(self, num_ranks: int) -> None:
         members = sorted(member for group in self.groups for member in group)
@@ -77,8 +94,12 @@ class Spec:
     def table(self, rank: int) -> PartTable:
         """The rank's part."""
         if rank not in self._tables:
-            self._tables[rank] = PartTable.from_json(self.body["parts"][rank])
+            self._tables[rank] = PartTable.from_json(self.parts[rank])
         return self._tables[rank]
+
+    def tables(self) -> list[PartTable]:
+        """The part of every rank."""
+        return [self.table(rank) for rank in range(len(self.parts))]
 
     def group_of(self, member: int) -> tuple[int, ...]:
         """The members that protect each other with this one, itself included."""
@@ -95,7 +116,3 @@ class Spec:
             lengths = [self.length(other) for other in group]
             self._stripes[group] = Stripes.for_lengths(lengths, self.parity)
         return self._stripes[group]
-
-
-def _address(value: Any) -> Address | None:
-    return None if value is None else (str(value[0]), int(value[1]))

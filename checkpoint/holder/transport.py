@@ -35,6 +35,12 @@ FETCH = "fetch"
 """Role of a caller that rebuilds a lost member."""
 
 Address = tuple[str, int]
+"""Host and port."""
+
+
+def address_of(value: Any) -> Address | None:
+    """An address, or None, as JSON held it."""
+    return None if value is None else (str(value[0]), int(value[1]))
 
 
 class RefusedError(ConnectionError):

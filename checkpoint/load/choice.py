@@ -5,23 +5,22 @@ its parity), no member that is left has let go of it, and no group has lost more
 parity. Torch-free.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-READABLE = ("complete", "committed")
-"""States of a slot whose data is whole."""
+from phalanx.checkpoint.holder.inventory import COMMITTED, Inventory, SlotInventory
+from phalanx.checkpoint.holder.spec import Spec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """A snapshot that can be had."""
 
-    epoch: str
     step: int
-    spec: dict[str, Any]
-    """The epoch's, see HolderClient.open."""
-    digests: list[int]
+    spec: Spec
+    """The epoch's."""
+    digests: Sequence[int]
     """Of every member's data."""
     meta: dict[str, Any]
     """What the trainer gave when it was committed."""
@@ -30,9 +29,14 @@ class Found:
     lost: tuple[int, ...]
     """Members that must be rebuilt from the others of their groups."""
 
+    @property
+    def epoch(self) -> str:
+        """Its epoch's name."""
+        return self.spec.epoch
+
 
 def newest(
-    inventories: Sequence[Mapping[str, Any] | None],
+    inventories: Sequence[Inventory | None],
     *,
     without: Collection[tuple[str, int]] = (),
     durable: int = -1,
@@ -45,23 +49,23 @@ def newest(
         durable: step that is in storage; what is older is not wanted, and it alone is no loss.
     """
     reasons: list[str] = []
-    specs: dict[str, dict[str, Any]] = {}
+    specs: dict[str, Spec] = {}
     for inventory in inventories:
-        for item in inventory["epochs"] if inventory else ():
-            specs.setdefault(item["epoch"], item["spec"])
+        for held in inventory.epochs if inventory else ():
+            specs.setdefault(held.epoch, held.spec)
     candidates: list[tuple[int, str]] = []
     for epoch in specs:
         steps = {
-            slot["step"]
-            for _, member in _members(inventories, epoch)
-            for slot in member["slots"]
-            if slot["state"] == "committed"
+            slot.step
+            for _, slots in _members(inventories, epoch)
+            for slot in slots
+            if slot.state == COMMITTED and slot.step is not None
         }
         candidates += [(step, epoch) for step in steps]
     for step, epoch in sorted(candidates, reverse=True):
         if (epoch, step) in without or step < durable:
             continue
-        found = _at(inventories, specs[epoch], epoch=epoch, step=step)
+        found = _at(inventories, specs[epoch], step=step)
         if isinstance(found, Found):
             return found, reasons
         if step > durable:
@@ -69,66 +73,59 @@ def newest(
     return None, reasons
 
 
-def again(inventories: Sequence[Mapping[str, Any] | None], found: Found) -> Found:
+def again(inventories: Sequence[Inventory | None], found: Found) -> Found:
     """Where a snapshot that was found is now.
 
     Raises:
         ValueError: more of it was lost meanwhile than parity makes up for.
     """
-    answer = _at(inventories, found.spec, epoch=found.epoch, step=found.step)
+    answer = _at(inventories, found.spec, step=found.step)
     if isinstance(answer, str):
         raise ValueError(answer)
     return answer
 
 
 def _members(
-    inventories: Sequence[Mapping[str, Any] | None], epoch: str
-) -> list[tuple[tuple[int, int], Mapping[str, Any]]]:
+    inventories: Sequence[Inventory | None], epoch: str
+) -> list[tuple[tuple[int, int], Sequence[SlotInventory]]]:
     """((member, node), what the node has of it) of an epoch."""
     return [
-        ((int(member), node), held)
+        ((member, node), slots)
         for node, inventory in enumerate(inventories)
         if inventory
-        for item in inventory["epochs"]
-        if item["epoch"] == epoch
-        for member, held in item["members"].items()
+        for held in inventory.epochs
+        if held.epoch == epoch
+        for member, slots in held.members.items()
     ]
 
 
-def _at(
-    inventories: Sequence[Mapping[str, Any] | None],
-    spec: dict[str, Any],
-    *,
-    epoch: str,
-    step: int,
-) -> Found | str:
+def _at(inventories: Sequence[Inventory | None], spec: Spec, *, step: int) -> Found | str:
     """The snapshot of one step, or why it cannot be had."""
     where: dict[int, tuple[int, int]] = {}
-    committed: Mapping[str, Any] | None = None
-    for (member, node), held in _members(inventories, epoch):
-        for slot in held["slots"]:
-            if slot["step"] == step and slot["state"] in READABLE:
-                where.setdefault(member, (node, slot["slot"]))
-                if slot["state"] == "committed":
+    committed: SlotInventory | None = None
+    for (member, node), slots in _members(inventories, spec.epoch):
+        for slot in slots:
+            if slot.step == step and slot.whole:
+                where.setdefault(member, (node, slot.slot))
+                if slot.state == COMMITTED:
                     committed = slot
-    lost = [member for member in range(len(spec["nodes"])) if member not in where]
-    for group in spec["groups"]:
+    lost = [member for member in range(len(spec.ranks)) if member not in where]
+    for group in spec.groups:
         gone = [member for member in group if member in lost]
-        if len(gone) > spec["parity"]:
+        if len(gone) > spec.parity:
             names = ", ".join(map(str, gone))
             return (
                 f"the snapshot of step {step} cannot be had: of its group of {len(group)} nodes, "
                 f"{len(gone)} are lost (nodes {names}), and its parity makes up for "
-                f"{spec['parity']}"
+                f"{spec.parity}"
             )
     if committed is None:
         return f"the snapshot of step {step} cannot be had: nobody is left that saw it committed"
     return Found(
-        epoch=epoch,
         step=step,
         spec=spec,
-        digests=committed["digests"],
-        meta=committed["meta"],
+        digests=committed.digests,
+        meta=committed.meta,
         where=where,
         lost=tuple(lost),
     )

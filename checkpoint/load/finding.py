@@ -86,7 +86,7 @@ class Finder:
     def names(self, origin: Origin) -> set[str]:
         """Names of its tensors."""
         if origin.memory is not None:
-            return {row[0] for part in origin.memory.spec["parts"] for row in part}
+            return {entry.name for table in origin.memory.spec.tables() for entry in table.entries}
         assert origin.manifest is not None
         return {entry.name for part in origin.manifest.parts for entry in part.table.entries}
 
@@ -114,7 +114,7 @@ class Finder:
             source = StorageSource(self._storage, origin.folder, origin.manifest)
         try:
             wanted, problem, rounded = check_fit(source, tensors)
-            answers = self._peers.gather((problem, rounded))
+            answers = self._peers.all_gather((problem, rounded))
             for rank, (text, _) in enumerate(answers):
                 if text is not None:
                     raise ValueError(f"{origin.text} does not fit (rank {rank}): {text}")

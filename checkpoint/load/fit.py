@@ -14,6 +14,9 @@ from phalanx.checkpoint.torch_types import TORCH_TYPES, convertible
 SHOWN = 5
 """Names that a message lists."""
 
+Form = tuple[torch.Size, torch.dtype]
+"""Shape and type of a whole tensor that is to be filled."""
+
 
 def check_fit(
     source: Source, tensors: Mapping[str, Tensor]
@@ -29,7 +32,8 @@ def check_fit(
         chunks = {name: chunk_of(name, tensor) for name, tensor in tensors.items()}
     except Exception as error:  # told to the other ranks, which would wait for this one
         return {}, f"{type(error).__name__}: {error}", []
-    problem = _missing(stored, tensors) or _mismatched(stored, tensors)
+    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    problem = misfit(stored, wanted)
     if problem is not None:
         return {}, problem, []
     rounded = [
@@ -40,6 +44,11 @@ def check_fit(
     return {name: chunk for name, chunk in chunks.items() if chunk is not None}, None, rounded
 
 
+def misfit(stored: Mapping[str, TensorInfo], wanted: Mapping[str, Form]) -> str | None:
+    """Why tensors, by name, cannot be filled from what is stored; None when they can."""
+    return _missing(stored, wanted) or _mismatched(stored, wanted)
+
+
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Whether every value of one type is one of the other."""
     if wide == narrow:
@@ -48,27 +57,27 @@ def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     return a.eps <= b.eps and a.max >= b.max and a.smallest_normal <= b.smallest_normal
 
 
-def _missing(stored: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> str | None:
-    missing = [name for name in tensors if name not in stored]
+def _missing(stored: Mapping[str, TensorInfo], wanted: Mapping[str, Form]) -> str | None:
+    missing = [name for name in wanted if name not in stored]
     if not missing:
         return None
-    shown = ", ".join(f"{name} {list(tensors[name].shape)}" for name in missing[:SHOWN])
+    shown = ", ".join(f"{name} {list(wanted[name][0])}" for name in missing[:SHOWN])
     return (
-        f"it lacks {len(missing)} of {len(tensors)} tensors: {shown}"
+        f"it lacks {len(missing)} of {len(wanted)} tensors: {shown}"
         f"{', ...' if len(missing) > SHOWN else ''}; it was saved from another model or state"
     )
 
 
-def _mismatched(stored: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> str | None:
-    shapes = [name for name in tensors if stored[name].shape != tuple(tensors[name].shape)]
+def _mismatched(stored: Mapping[str, TensorInfo], wanted: Mapping[str, Form]) -> str | None:
+    shapes = [name for name, (shape, _) in wanted.items() if stored[name].shape != tuple(shape)]
     if shapes:
         shown = ", ".join(
-            f"{name} is {list(stored[name].shape)} there and {list(tensors[name].shape)} here"
+            f"{name} is {list(stored[name].shape)} there and {list(wanted[name][0])} here"
             for name in shapes[:SHOWN]
         )
         return f"{len(shapes)} shapes differ: {shown}{', ...' if len(shapes) > SHOWN else ''}"
-    for name, tensor in tensors.items():
-        dtype = TORCH_TYPES[stored[name].dtype]
-        if not convertible(dtype, tensor.dtype):
-            return f"{name} is {dtype} there and {tensor.dtype} here"
+    for name, (_, dtype) in wanted.items():
+        there = TORCH_TYPES[stored[name].dtype]
+        if not convertible(there, dtype):
+            return f"{name} is {there} there and {dtype} here"
     return None

@@ -6,6 +6,7 @@ from typing import Any
 
 from phalanx.checkpoint.format.table import PartTable
 from phalanx.checkpoint.holder.client import HolderClient, HolderGone
+from phalanx.checkpoint.holder.inventory import Inventory
 from phalanx.checkpoint.holder.of_node import NodeHolder
 from phalanx.checkpoint.load import choice
 from phalanx.checkpoint.load.choice import Found
@@ -20,11 +21,9 @@ class MemorySource:
         self._found = found
         self._place = place
         self._client = client
-        self._tables = [PartTable.from_json(rows) for rows in found.spec["parts"]]
+        self._tables = found.spec.tables()
         self._member = {
-            rank: member
-            for member, node in enumerate(found.spec["nodes"])
-            for rank in node["ranks"]
+            rank: member for member, ranks in enumerate(found.spec.ranks) for rank in ranks
         }
         self._memory: dict[int, memoryview] = {}
         for part, member in self._member.items():
@@ -80,7 +79,8 @@ def find(
     """
     found, reasons = choice.newest(_inventories(place, peers), without=without, durable=durable)
     if found is not None:
-        found = replace(found, spec=found.spec | {"parts": _parts(found, place=place, peers=peers)})
+        parts = _parts(found, place=place, peers=peers)
+        found = replace(found, spec=replace(found.spec, parts=parts))
     return found, reasons
 
 
@@ -94,16 +94,16 @@ def _parts(found: Found, *, place: NodeHolder, peers: Peers) -> list[Any]:
         inventory = _inventory(place)
         if inventory is None:
             raise HolderGone("the holder has died")
-        epochs = {item["epoch"]: item["spec"] for item in inventory["epochs"]}
-        if found.epoch not in epochs:
+        specs = {held.epoch: held.spec for held in inventory.epochs}
+        if found.epoch not in specs:
             raise HolderGone(f"the holder has let go of epoch {found.epoch}")
-        return list(epochs[found.epoch]["parts"])
+        return list(specs[found.epoch].parts)
 
     answers = peers.agree("read the snapshot's tables", ask)
     return answers[place.node.leaders[first]]
 
 
-def _inventory(place: NodeHolder) -> dict[str, Any] | None:
+def _inventory(place: NodeHolder) -> Inventory | None:
     """What this node's holder has; None where there is none, or it is just ending."""
     try:
         with place.connect() as client:
@@ -112,17 +112,15 @@ def _inventory(place: NodeHolder) -> dict[str, Any] | None:
         return None
 
 
-def _inventories(place: NodeHolder, peers: Peers) -> list[dict[str, Any] | None]:
+def _inventories(place: NodeHolder, peers: Peers) -> list[Inventory | None]:
     """What each node's holder has, by node; None where there is no holder.
 
     Without the parts' tables: of n nodes, each would tell all others those of all n.
     """
 
-    def ask() -> dict[str, Any] | None:
+    def ask() -> Inventory | None:
         inventory = _inventory(place) if place.node.leader else None
-        for item in inventory["epochs"] if inventory else ():
-            item["spec"] = {key: of for key, of in item["spec"].items() if key != "parts"}
-        return inventory
+        return None if inventory is None else inventory.without_tables()
 
     answers = peers.agree("ask the holders", ask)
     return [answers[rank] for rank in place.node.leaders]
@@ -168,12 +166,12 @@ def _without_damaged(found: Found, *, place: NodeHolder, peers: Peers) -> Found:
     def check() -> Found:
         left = {m: place_ for m, place_ in found.where.items() if m not in bad}
         lost = tuple(sorted({*found.lost, *bad}))
-        for group in found.spec["groups"]:
+        for group in found.spec.groups:
             gone = [m for m in group if m in lost]
-            if len(gone) > found.spec["parity"]:
+            if len(gone) > found.spec.parity:
                 raise ValueError(
                     f"the snapshot of step {found.step} is damaged in nodes {sorted(bad)}, more "
-                    f"than its parity ({found.spec['parity']} of a group) makes up for"
+                    f"than its parity ({found.spec.parity} of a group) makes up for"
                 )
         return replace(found, where=left, lost=lost)
 
@@ -200,7 +198,7 @@ def _rebuild(found: Found, *, place: NodeHolder, peers: Peers) -> Found:
             return
         with place.connect() as client:
             for member in mine:
-                group = next(g for g in found.spec["groups"] if member in g)
+                group = found.spec.group_of(member)
                 client.rebuild(
                     found.spec,
                     member=member,

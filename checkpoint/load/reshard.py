@@ -13,11 +13,11 @@ import xxhash
 from phalanx.checkpoint.boxes import Box
 from phalanx.checkpoint.chunks import Chunk
 from phalanx.checkpoint.errors import CheckpointError
+from phalanx.checkpoint.load.fit import misfit
 from phalanx.checkpoint.load.loading import Loading, Moved
 from phalanx.checkpoint.load.reads import locate, needed, plan_reads, stored_tensors
 from phalanx.checkpoint.load.sources import Source
 from phalanx.checkpoint.peers import Peers
-from phalanx.checkpoint.torch_types import TORCH_TYPES, convertible
 
 ROUND_BYTES = 64 << 20
 """Most bytes that a rank reads in a round, unless one box is larger; two rounds are in memory."""
@@ -72,15 +72,10 @@ def load(
 
 def _want(source: Source, chunks: Mapping[str, Chunk]) -> Want:
     parts = source.parts()
-    stored = stored_tensors(parts)
-    for name, chunk in chunks.items():
-        if name not in stored:
-            raise ValueError(f"{name}: is not stored")
-        info = stored[name]
-        if info.shape != tuple(chunk.size):
-            raise ValueError(f"{name}: is {list(info.shape)} there and {list(chunk.size)} here")
-        if not convertible(TORCH_TYPES[info.dtype], chunk.local.dtype):
-            raise ValueError(f"{name}: is {info.dtype} there and {chunk.local.dtype} here")
+    wanted = {name: (chunk.size, chunk.local.dtype) for name, chunk in chunks.items()}
+    problem = misfit(stored_tensors(parts), wanted)
+    if problem is not None:
+        raise ValueError(problem)
     boxes = {name: chunk.box for name, chunk in chunks.items()}
     seen = [(table.to_json(), list(source.near(part))) for part, table in enumerate(parts)]
     return Want(

@@ -60,7 +60,7 @@ def find_node(
         ValueError: ranks do not divide into such nodes, or racks are not as many as nodes; on every
             rank where nodes differ in size.
     """
-    sizes = sorted(set(peers.gather(ranks_per_node)))
+    sizes = sorted(set(peers.all_gather(ranks_per_node)))
     if len(sizes) > 1:  # each rank knows its own node's
         raise ValueError(
             f"nodes have {' and '.join(map(str, sizes))} ranks: all of a job must have as many; "
@@ -77,7 +77,7 @@ def find_node(
     number = peers.rank // ranks_per_node
     label = "" if not racks else racks[number if len(racks) == count else 0]
     mine = (_machine(), label, _host(store_host))
-    by_node = peers.gather(mine)[::ranks_per_node]
+    by_node = peers.all_gather(mine)[::ranks_per_node]
     machines = [machine for machine, _, _ in by_node]
     if len(set(machines)) == 1:
         host = "127.0.0.1"

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +16,8 @@ from phalanx.checkpoint.chunks import Chunk
 from phalanx.checkpoint.format.table import PartTable
 from phalanx.checkpoint.holder.client import HolderClient
 from phalanx.checkpoint.holder.of_node import NodeHolder
+from phalanx.checkpoint.holder.spec import Spec
+from phalanx.checkpoint.holder.transport import Address
 from phalanx.checkpoint.nodes.groups import make_groups
 from phalanx.checkpoint.peers import Peers
 from phalanx.checkpoint.snapshot.copier import Copier
@@ -86,7 +87,7 @@ def open_epoch(
 
     held: list[int] = []
 
-    def start() -> tuple[str, str, Any]:
+    def start() -> tuple[str, str, Address | None]:
         address = None
         if node.leader:
             needed = sum(tables[rank].nbytes for rank in node.ranks_of(node.number))
@@ -96,11 +97,16 @@ def open_epoch(
 
     answers = peers.agree("start the snapshots' holders", start)
     name, token, _ = answers[0]
-    spec = _spec(place, tables, groups) | {"epoch": name, "token": token}
-    spec["nodes"] = [
-        {"address": answers[ranks[0]][2], "ranks": ranks}
-        for ranks in map(node.ranks_of, range(node.count))
-    ]
+    spec = Spec(
+        epoch=name,
+        token=token,
+        parity=place.num_parity,
+        num_slots=place.slots,
+        groups=tuple(groups),
+        addresses=tuple(answers[leader][2] for leader in node.leaders),
+        ranks=tuple(tuple(node.ranks_of(number)) for number in range(node.count)),
+        parts=[table.to_json() for table in tables],
+    )
 
     def open_here() -> None:
         if node.leader:
@@ -128,24 +134,12 @@ def open_epoch(
     )
 
 
-def _spec(
-    place: NodeHolder, tables: list[PartTable], groups: list[tuple[int, ...]]
-) -> dict[str, Any]:
-    """What all holders are told alike, but for names and addresses; see HolderClient.open."""
-    return {
-        "parity": place.num_parity,
-        "slots": place.slots,
-        "groups": [list(group) for group in groups],
-        "parts": [table.to_json() for table in tables],
-    }
-
-
-def _start(nbytes: int, *, place: NodeHolder, num_nodes: int, held: list[int]) -> Any:
+def _start(nbytes: int, *, place: NodeHolder, num_nodes: int, held: list[int]) -> Address | None:
     """Start this node's holder; its address where it has to do with others. Adds to `held` the
     bytes that it has taken for an earlier start: what was never taken is free already."""
     with place.start_holder() as client:
         _check_unused(client, place)
-        held.append(sum(epoch["taken"] for epoch in client.inventory()["epochs"]))
+        held.append(client.inventory().taken)
         check_host_memory(nbytes, place=place, num_nodes=num_nodes, held=held[0])
         return client.listen(place.node.host) if place.num_parity else None
 
@@ -157,7 +151,7 @@ def _check_unused(client: HolderClient, place: NodeHolder) -> None:
         ValueError: they live on, and would write to the same checkpoints.
     """
     deadline = time.monotonic() + OTHERS_S
-    while ranks := sorted({r for epoch in client.inventory()["epochs"] for r in epoch["attached"]}):
+    while ranks := sorted({r for epoch in client.inventory().epochs for r in epoch.attached}):
         if time.monotonic() > deadline:
             raise ValueError(
                 f"checkpoint.dir={place.config.dir}: another start of this run is alive on node "

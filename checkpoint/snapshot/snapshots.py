@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from phalanx.checkpoint.chunks import Chunk
-from phalanx.checkpoint.errors import CheckpointError, StorageBusyError
+from phalanx.checkpoint.errors import StorageBusyError
 from phalanx.checkpoint.holder.of_node import NodeHolder
 from phalanx.checkpoint.peers import Peers
 from phalanx.checkpoint.snapshot.copier import Copier
@@ -156,9 +156,8 @@ class Snapshots:
 
     def _run(self, request: Request) -> Taken:
         try:
-            chunks, error = self._found(request)
             held = self._held(request)
-            anew, slot = self._agree(request, chunks, error, held=held is not None)
+            chunks, anew, slot = self._agree(request, held=held is not None)
             if held is not None and not anew:
                 taken = replace(held, durable=request.durable, **NO_WORK)
             else:
@@ -184,42 +183,32 @@ class Snapshots:
             return None
         return newest if newest.step == request.step else None
 
-    def _found(self, request: Request) -> tuple[dict[str, Chunk], Exception | None]:
-        """What is to be copied, or why that is not known."""
-        try:
-            return request.chunks() | request.eager, None
-        except Exception as error:  # told to the other ranks, which would wait for this one
-            return {}, error
-
-    def _agree(
-        self,
-        request: Request,
-        chunks: Mapping[str, Chunk],
-        error: Exception | None,
-        *,
-        held: bool,
-    ) -> tuple[bool, int]:
-        """Whether every rank begins a new epoch for this snapshot, and the slot that all use."""
+    def _agree(self, request: Request, *, held: bool) -> tuple[dict[str, Chunk], bool, int]:
+        """What this rank copies; whether every rank begins a new epoch for it, and the slot that
+        all use."""
         epoch, step = self._epoch, request.step
         again = step <= self._last_step and not held  # steps of an epoch only grow
-        gone = epoch is not None and not self._broken and epoch.client.gone
-        stale = again or gone or self._broken or epoch is None or not epoch.fits(chunks)
         self._last_step = step
-        kept = request.durable and not request.may_skip
-        choosing = self._peers.rank == 0 and not stale and not held
-        slot = self._free_slot(wait=kept) if choosing else 0
-        full = request.durable and not kept and bool(self._pinned)
-        mine = [stale, gone, slot, error is not None, full]
-        anew, lost, slot, failed, busy = self._reduce(mine, dist.ReduceOp.MAX)
-        if failed:
-            self._fail(step, error)
+        chunks: dict[str, Chunk] = {}
+
+        def look() -> list[int]:
+            chunks.update(request.chunks() | request.eager)
+            gone = epoch is not None and not self._broken and epoch.client.gone
+            stale = again or gone or self._broken or epoch is None or not epoch.fits(chunks)
+            kept = request.durable and not request.may_skip
+            choosing = self._peers.rank == 0 and not stale and not held
+            slot = self._free_slot(wait=kept) if choosing else 0
+            full = request.durable and not kept and bool(self._pinned)
+            return [stale, gone, slot, full]
+
+        anew, lost, slot, busy = self._peers.all_reduce(f"snapshot of step {step}", look, count=4)
         if busy:
             request.durable = False
         if lost:
             self.on_lost(step)
         if not anew and (slot == self._place.slots or (busy and self._place.slots < 3)):
             raise StorageBusyError(f"step {step}: storage has not yet written the one before")
-        return bool(anew), slot
+        return chunks, bool(anew), slot
 
     def _free_slot(self, *, wait: bool) -> int:
         """A slot that holds neither the committed snapshot nor one that is on its way to storage;
@@ -241,35 +230,34 @@ class Snapshots:
         self, request: Request, chunks: Mapping[str, Chunk], epoch: Epoch, slot: int
     ) -> Taken:
         """Copy, protect, commit."""
-        error: Exception | None = None
-        try:
-            self._copy(request, epoch.sources(chunks), epoch, slot)
-        except Exception as caught:
-            error = caught
-        finally:
-            request.copied.set()
-        copied = time.perf_counter()
-        self._all_or_none(request.step, error)
-        work: dict[str, Any] = {"digest": 0, "encode_s": 0.0, "sent_s": 0.0, "sent_bytes": 0}
-        node = self._place.node
-        if node.leader:
+        what, node = f"snapshot of step {request.step}", self._place.node
+        work: dict[str, Any] = {"encode_s": 0.0, "sent_s": 0.0, "sent_bytes": 0}
+        copied = protected = 0.0
+
+        def copy() -> None:
+            nonlocal copied
             try:
+                self._copy(request, epoch.sources(chunks), epoch, slot)
+            finally:
+                request.copied.set()
+            copied = time.perf_counter()
+
+        def protect() -> list[int]:
+            nonlocal work, protected
+            digests = [0] * node.count
+            if node.leader:
                 work = epoch.client.protect(epoch.name, slot, request.step)
-            except Exception as caught:
-                error = caught
-        protected = time.perf_counter()
-        digests = [0] * node.count
-        if node.leader:
-            digests[node.number] = _signed(work["digest"])
-        *digests, failed = self._reduce([*digests, error is not None], dist.ReduceOp.SUM)
-        if failed:
-            self._fail(request.step, error)
-        if node.leader:
-            try:
+                digests[node.number] = _signed(work["digest"])
+            protected = time.perf_counter()
+            return digests
+
+        def commit() -> None:
+            if node.leader:
                 self._commit(request, epoch, slot, [digest % 2**64 for digest in digests])
-            except Exception as caught:
-                error = caught
-        self._all_or_none(request.step, error)  # nobody writes to storage what another gave up
+
+        self._peers.all_reduce(what, copy)
+        digests = self._peers.all_reduce(what, protect, count=node.count)
+        self._peers.all_reduce(what, commit)  # nobody writes to storage what another gave up
         return Taken(
             step=request.step,
             epoch=epoch,
@@ -308,38 +296,13 @@ class Snapshots:
         meta = {**request.meta, "time": time.time()}
         client.commit(epoch.name, slot, request.step, digests=digests, meta=meta)
         if epoch.first:
-            self._older = {item["epoch"] for item in client.inventory()["epochs"]} - {epoch.name}
+            self._older = {held.epoch for held in client.inventory().epochs} - {epoch.name}
             epoch.first = False
         with self._freed:  # what is on its way to storage stays until a later commit
             idle = self._older - {name for name, _ in self._pinned}
         for name in idle:
             client.forget(name)
             self._older.discard(name)
-
-    def _all_or_none(self, step: int, error: Exception | None) -> None:
-        """Fail on every rank where one failed.
-
-        Raises:
-            CheckpointError: says which, and why.
-        """
-        if self._reduce([error is not None], dist.ReduceOp.MAX)[0]:
-            self._fail(step, error)
-
-    def _fail(self, step: int, error: Exception | None) -> NoReturn:
-        """Tell all ranks which failed, and why."""
-
-        def raise_mine() -> None:
-            if error is not None:
-                raise error
-
-        self._peers.agree(f"snapshot of step {step}", raise_mine)
-        raise CheckpointError(f"snapshot of step {step}: a rank failed without saying why")
-
-    def _reduce(self, values: list[Any], op: Any) -> list[int]:
-        tensor = torch.tensor([int(value) for value in values], dtype=torch.int64)
-        if self._peers.size > 1:
-            dist.all_reduce(tensor, op=op, group=self._peers.group)
-        return [int(value) for value in tensor.tolist()]
 
 
 def _signed(number: int) -> int:

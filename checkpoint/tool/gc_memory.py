@@ -59,7 +59,6 @@ def _spread(item: _Item, why: dict[str, str]) -> None:
 
 
 def _look(holder: Holder) -> _Item:
-    taken = sum(epoch["taken"] for epoch in holder.inventory["epochs"])
     try:
         with HolderClient.connect(holder.job, holder.node, still_s=PATIENCE_S) as client:
             why = client.in_use(QUIET_S)
@@ -67,7 +66,7 @@ def _look(holder: Holder) -> _Item:
         why = f"it does not answer: {error}"
     except HolderGone:  # it has just ended by itself
         why = None
-    return _Item(holder=holder, bytes=taken, kept=why)
+    return _Item(holder=holder, bytes=holder.inventory.taken, kept=why)
 
 
 def _end(holder: Holder) -> str | None:
@@ -119,7 +118,7 @@ def _report(place: Place, items: list[_Item], asked: Asked, *, dry_run: bool) ->
             {
                 "job": item.holder.job,
                 "node": item.holder.node,
-                "pid": item.holder.inventory["pid"],
+                "pid": item.holder.inventory.pid,
                 "bytes": item.bytes,
                 "kept": item.kept is not None,
                 "why": item.kept,

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from phalanx.checkpoint.format.job import directory_of, read_job
-from phalanx.checkpoint.format.table import PartTable
 from phalanx.checkpoint.holder.client import HolderClient, HolderError, HolderGone, HolderSilent
+from phalanx.checkpoint.holder.inventory import EpochInventory, Inventory, SlotInventory
 from phalanx.checkpoint.holder.start import find_holders
 from phalanx.checkpoint.storage.base import Storage
 from phalanx.checkpoint.tool.places import INSIDE_RUN
@@ -26,7 +26,7 @@ class Holder:
     """Where its run saves; "" = unknown."""
     forgotten: bool
     """Whether that place's job.json no longer names the job, so that no start finds it."""
-    inventory: dict[str, Any]
+    inventory: Inventory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,30 +125,28 @@ def _of_holder(holder: Holder) -> list[InMemory]:
     none = InMemory(
         directory=holder.directory, job=holder.job, node=holder.node, forgotten=holder.forgotten
     )
-    epochs = holder.inventory["epochs"]
-    return [replace(none, **facts) for epoch in epochs for facts in _of_epoch(epoch)] or [none]
+    epochs = holder.inventory.epochs
+    return [item for epoch in epochs for item in _of_epoch(epoch, none)] or [none]
 
 
-def _of_epoch(epoch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What is to be said of each snapshot in it."""
-    spec = epoch["spec"]
-    sizes = [PartTable.from_json(rows).nbytes for rows in spec["parts"]]
-    by_step: dict[int, list[tuple[int, dict[str, Any]]]] = {}
-    for member, held in epoch["members"].items():
-        for slot in held["slots"]:
-            if slot["state"] != "empty":
-                by_step.setdefault(int(slot["step"]), []).append((int(member), slot))
+def _of_epoch(epoch: EpochInventory, none: InMemory) -> Iterator[InMemory]:
+    """What is to be said of each snapshot in it; `none`: of the holder."""
+    spec = epoch.spec
+    by_step: dict[int, list[tuple[int, SlotInventory]]] = {}
+    for member, held in epoch.members.items():
+        for slot in held:
+            if slot.step is not None:
+                by_step.setdefault(slot.step, []).append((member, slot))
     for step, slots in sorted(by_step.items()):
-        meta: dict[str, Any] = next((slot["meta"] for _, slot in slots if slot.get("meta")), {})
+        meta: dict[str, Any] = next((slot.meta for _, slot in slots if slot.meta), {})
         degrees = meta.get("layout") or {}
-        yield {
-            "step": step,
-            "state": " and ".join(sorted({slot["state"] for _, slot in slots})),
-            "time": meta.get("time"),
-            "bytes": sum(
-                sizes[rank] for member, _ in slots for rank in spec["nodes"][member]["ranks"]
-            ),
-            "layout": ",".join(f"{axis}={n}" for axis, n in degrees.items() if n != 1) or "-",
-            "protection": protection(spec["groups"], spec["parity"]),
-            "members": tuple(sorted(member for member, _ in slots)),
-        }
+        yield replace(
+            none,
+            step=step,
+            state=" and ".join(sorted({slot.state for _, slot in slots})),
+            time=meta.get("time"),
+            bytes=sum(spec.length(member) for member, _ in slots),
+            layout=",".join(f"{axis}={n}" for axis, n in degrees.items() if n != 1) or "-",
+            protection=protection(spec.groups, spec.parity),
+            members=tuple(sorted(member for member, _ in slots)),
+        )

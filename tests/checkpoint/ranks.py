@@ -73,7 +73,7 @@ def holder_pids(root: Path) -> dict[int, int]:
         if name == job:  # of another run, nothing is asked
             with suppress(HolderGone):  # it just ended
                 client = HolderClient.connect(name, node)
-                pids[node] = client.inventory()["pid"]
+                pids[node] = client.inventory().pid
                 client.close()
     return pids
 
@@ -85,9 +85,9 @@ def committed_steps(root: Path) -> set[int]:
     for name, node in all_sockets():
         if name == job:
             with HolderClient.connect(name, node) as client:
-                members = [m for e in client.inventory()["epochs"] for m in e["members"].values()]
-            slots = [slot for member in members for slot in member["slots"]]
-            steps.append({slot["step"] for slot in slots if slot["state"] == "committed"})
+                epochs = client.inventory().epochs
+            slots = [slot for epoch in epochs for held in epoch.members.values() for slot in held]
+            steps.append({slot.step for slot in slots if slot.state == "committed"})
     return set.intersection(*steps) if steps else set()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from phalanx.checkpoint.holder.server.live import LiveEpoch
 from phalanx.checkpoint.holder.server.service import Service
-from phalanx.checkpoint.holder.spec import HolderError
+from phalanx.checkpoint.holder.spec import HolderError, Spec
 from phalanx.checkpoint.holder.transport import hung_up, receive, send
 
 logger = logging.getLogger(__name__)
@@ -75,17 +75,16 @@ class Connection:
         self._service.retire(float(request["quiet_s"]))
 
     def _do_inventory(self, request: dict[str, Any]) -> Any:
-        return self._service.inventory()
+        return self._service.inventory().to_json()
 
     def _do_listen(self, request: dict[str, Any]) -> Any:
         self._service.join(self)
-        return self._service.listen(str(request["host"]))
+        return list(self._service.listen(str(request["host"])))  # a tuple would be a Reply
 
     def _do_open(self, request: dict[str, Any]) -> Any:
         self._service.join(self)
-        self._service.open(
-            request["spec"], member=int(request["member"]), populate=int(request["populate"])
-        )
+        spec = Spec.from_json(request["spec"])
+        self._service.open(spec, member=int(request["member"]), populate=int(request["populate"]))
 
     def _do_attach(self, request: dict[str, Any]) -> Reply:
         self._service.join(self)
@@ -135,7 +134,7 @@ class Connection:
     def _do_rebuild(self, request: dict[str, Any]) -> Any:
         self._service.join(self)
         self._service.rebuild(
-            request["spec"],
+            Spec.from_json(request["spec"]),
             member=request["member"],
             step=request["step"],
             meta=request["meta"],

@@ -5,11 +5,9 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+from phalanx.checkpoint.holder.inventory import COMMITTED, DAMAGED, EpochInventory
 from phalanx.checkpoint.holder.server.slots import (
-    COMMITTED,
-    DAMAGED,
     Generation,
     Member,
     combined,
@@ -163,11 +161,11 @@ class HolderEpoch:
         """Ranks that are connected to fill it."""
         return []
 
-    def inventory(self) -> dict[str, Any]:
-        """What it holds, as JSON."""
+    def inventory(self) -> EpochInventory:
+        """What it holds."""
         with self.changed:
             members = {
-                str(number): {"slots": [describe(slot) for _, slot in sorted(member.slots.items())]}
+                number: tuple(describe(slot) for _, slot in sorted(member.slots.items()))
                 for number, member in self.members.items()
             }
             memories = [
@@ -177,12 +175,11 @@ class HolderEpoch:
                 for memory in slot.memories
             ]
             nbytes, taken = sum(m.nbytes for m in memories), sum(m.taken for m in memories)
-        return {
-            "epoch": self.name,
-            "spec": self.spec.body,
-            "frozen": self.frozen,
-            "bytes": nbytes,
-            "taken": taken,
-            "attached": self.attached(),
-            "members": members,
-        }
+        return EpochInventory(
+            spec=self.spec,
+            frozen=self.frozen,
+            bytes=nbytes,
+            taken=taken,
+            attached=tuple(self.attached()),
+            members=members,
+        )

@@ -13,15 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from phalanx.checkpoint.holder.inventory import COMMITTED, COMPLETE, FILLING
 from phalanx.checkpoint.holder.server.epoch import HolderEpoch
-from phalanx.checkpoint.holder.server.slots import (
-    COMMITTED,
-    COMPLETE,
-    FILLING,
-    Generation,
-    Member,
-    Slot,
-)
+from phalanx.checkpoint.holder.server.slots import Generation, Member, Slot
 from phalanx.checkpoint.holder.spec import HolderError, Spec
 from phalanx.checkpoint.holder.transport import ALIVE_S
 

@@ -4,13 +4,20 @@ what is here. Torch-free."""
 import logging
 import socket
 import threading
-from typing import Any, Protocol
+from typing import Protocol
 
 from phalanx.checkpoint.holder.server.epoch import HolderEpoch
 from phalanx.checkpoint.holder.server.protect import Protection
 from phalanx.checkpoint.holder.server.slots import Member, Slot, digest_of
 from phalanx.checkpoint.holder.spec import HolderError
-from phalanx.checkpoint.holder.transport import FETCH, PEER_LIMIT, hear_greeting, receive, send
+from phalanx.checkpoint.holder.transport import (
+    FETCH,
+    PEER_LIMIT,
+    Address,
+    hear_greeting,
+    receive,
+    send,
+)
 
 BACKLOG = 256
 
@@ -40,14 +47,14 @@ class Neighbours:
         self._lock = threading.Lock()
 
     @property
-    def address(self) -> list[Any] | None:
-        """[host, port]; None before `listen`."""
+    def address(self) -> Address | None:
+        """None before `listen`."""
         if self._listening is None:
             return None
-        return [self._host, self._listening.getsockname()[1]]
+        return self._host, int(self._listening.getsockname()[1])
 
-    def listen(self, host: str) -> list[Any]:
-        """Listen on an address of this machine, from now on; [host, port].
+    def listen(self, host: str) -> Address:
+        """Listen on an address of this machine, from now on.
 
         Raises:
             OSError: it is none of this machine's.

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from phalanx.checkpoint.erasure.codec import Codec
+from phalanx.checkpoint.holder.inventory import COMMITTED
 from phalanx.checkpoint.holder.memory import check_free
 from phalanx.checkpoint.holder.server.slots import (
-    COMMITTED,
     Generation,
     Member,
     Slot,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from phalanx.checkpoint.holder.inventory import Inventory
 from phalanx.checkpoint.holder.memory import GIB, check_free
 from phalanx.checkpoint.holder.server.drain import Drains
 from phalanx.checkpoint.holder.server.epoch import HolderEpoch
@@ -14,7 +15,7 @@ from phalanx.checkpoint.holder.server.live import LiveEpoch
 from phalanx.checkpoint.holder.server.neighbours import Neighbours
 from phalanx.checkpoint.holder.server.protect import Protection
 from phalanx.checkpoint.holder.server.rebuild import rebuild
-from phalanx.checkpoint.holder.spec import VERSION, HolderError, Spec
+from phalanx.checkpoint.holder.spec import HolderError, Spec
 from phalanx.checkpoint.holder.transport import Address
 
 logger = logging.getLogger(__name__)
@@ -108,24 +109,22 @@ class Service:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def inventory(self) -> dict[str, Any]:
-        """See `HolderClient.inventory`."""
+    def inventory(self) -> Inventory:
+        """What this holder has."""
         with self._lock:
             epochs = list(self._epochs.values())
-        return {
-            "version": VERSION,
-            "pid": os.getpid(),
-            "address": self._peers.address,
-            "epochs": [epoch.inventory() for epoch in epochs],
-        }
+        return Inventory(
+            pid=os.getpid(),
+            address=self._peers.address,
+            epochs=tuple(epoch.inventory() for epoch in epochs),
+        )
 
-    def listen(self, host: str) -> list[Any]:
+    def listen(self, host: str) -> Address:
         """See `HolderClient.listen`."""
         return self._peers.listen(host)
 
-    def open(self, body: Mapping[str, Any], *, member: int, populate: int) -> None:
+    def open(self, spec: Spec, *, member: int, populate: int) -> None:
         """See `HolderClient.open`."""
-        spec = Spec.from_json(body)
         if not 0 <= member < len(spec.ranks):
             raise HolderError(f"member {member} of {len(spec.ranks)}")
         with self._opening:
@@ -147,7 +146,7 @@ class Service:
 
     def rebuild(
         self,
-        body: Mapping[str, Any],
+        spec: Spec,
         *,
         member: int,
         step: int,
@@ -156,7 +155,6 @@ class Service:
         sources: Mapping[int, Address],
     ) -> None:
         """See `HolderClient.rebuild`."""
-        spec = Spec.from_json(body)
         with self._opening:
             with self._lock:
                 epoch = self._epochs.get(spec.epoch)

@@ -5,15 +5,10 @@ from typing import Any
 
 import xxhash
 
+from phalanx.checkpoint.holder.inventory import EMPTY, FILLING, WHOLE, SlotInventory
 from phalanx.checkpoint.holder.memory import Memory
 from phalanx.checkpoint.holder.spec import Spec
 from phalanx.checkpoint.holder.transport import CHUNK_BYTES
-
-FILLING = "filling"
-COMPLETE = "complete"
-COMMITTED = "committed"
-DAMAGED = "damaged"
-"""Its memory no longer had its digests."""
 
 NOTHING = -1
 """Bytes filled by a rank that has not said anything: of a part without bytes, it says 0."""
@@ -60,7 +55,7 @@ class Generation:
     @property
     def whole(self) -> bool:
         """Whether the snapshot can be used: its data and its parity are there."""
-        return self.state in (COMPLETE, COMMITTED)
+        return self.state in WHOLE
 
 
 class Slot:
@@ -187,17 +182,16 @@ def digest_of(view: memoryview) -> int:
     return hasher.intdigest()
 
 
-def describe(slot: Slot) -> dict[str, Any]:
-    """What the slot holds, as JSON."""
+def describe(slot: Slot) -> SlotInventory:
+    """What the slot holds."""
     generation = slot.generation
-    whole = generation is not None and generation.whole
-    return {
-        "slot": slot.number,
-        "step": generation.step if generation else None,
-        "state": generation.state if generation else "empty",
-        "meta": generation.meta if generation else None,
-        "digest": generation.digest if generation else None,
-        "digests": generation.digests or None if generation else None,
-        "data_ok": whole,
-        "parity_ok": whole,
-    }
+    if generation is None:
+        return SlotInventory(slot=slot.number, step=None, state=EMPTY)
+    return SlotInventory(
+        slot=slot.number,
+        step=generation.step,
+        state=generation.state,
+        meta=generation.meta,
+        digest=generation.digest,
+        digests=tuple(generation.digests),
+    )

@@ -15,6 +15,7 @@ from phalanx.checkpoint.erasure.codec import Codec
 from phalanx.checkpoint.erasure.stripes import Stripes
 from phalanx.checkpoint.format.table import PartTable, lay_out
 from phalanx.checkpoint.holder.client import HolderClient, HolderGone
+from phalanx.checkpoint.holder.inventory import SlotInventory
 from phalanx.checkpoint.holder.spec import Spec
 from phalanx.checkpoint.holder.start import start_holder
 
@@ -47,9 +48,10 @@ class Cluster:
         self.clients: dict[int, HolderClient] = {}
         self.memory: dict[int, list[memoryview]] = {}
         """By rank."""
-        self.spec: dict[str, Any] = {}
         self.hosts: dict[int, str] = {}
         """By node, where it is not this machine's own address."""
+        self.spec: Spec
+        """Of the epoch in use."""
 
     def __enter__(self) -> "Cluster":
         return self
@@ -100,28 +102,22 @@ class Cluster:
                 self.start(node)
         ranks, first = [], 0
         for some in parts:
-            ranks.append(list(range(first, first + len(some))))
+            ranks.append(tuple(range(first, first + len(some))))
             first += len(some)
         sizes = [size for some in parts for size in some]
-        self.spec = {
-            "epoch": epoch,
-            "token": f"secret of {self.job}",
-            "parity": parity,
-            "slots": slots,
-            "groups": [list(g) for g in groups] if groups else _groups(len(parts), parity),
-            "nodes": [
-                {
-                    "address": (
-                        self.clients[node].listen(self.hosts.get(node, "127.0.0.1"))
-                        if parity
-                        else None
-                    ),
-                    "ranks": ranks[node],
-                }
+        self.spec = Spec(
+            epoch=epoch,
+            token=f"secret of {self.job}",
+            parity=parity,
+            num_slots=slots,
+            groups=tuple(map(tuple, groups or _groups(len(parts), parity))),
+            addresses=tuple(
+                self.clients[node].listen(self.hosts.get(node, "127.0.0.1")) if parity else None
                 for node in nodes
-            ],
-            "parts": [table_of(size, rank=rank).to_json() for rank, size in enumerate(sizes)],
-        }
+            ),
+            ranks=tuple(ranks),
+            parts=[table_of(size, rank=rank).to_json() for rank, size in enumerate(sizes)],
+        )
         for node in nodes:
             self.clients[node].open(self.spec, member=node, populate=populate)
             for rank in ranks[node]:
@@ -130,16 +126,16 @@ class Cluster:
     @property
     def epoch(self) -> str:
         """The one in use."""
-        return str(self.spec["epoch"])
+        return self.spec.epoch
 
     @property
     def nodes(self) -> range:
         """Of the epoch."""
-        return range(len(self.spec["nodes"]))
+        return range(len(self.spec.ranks))
 
-    def ranks(self, node: int) -> list[int]:
+    def ranks(self, node: int) -> tuple[int, ...]:
         """Of a node."""
-        return list(self.spec["nodes"][node]["ranks"])
+        return self.spec.ranks[node]
 
     def begin(self, slot: int, step: int, *, nodes: Iterable[int] | None = None) -> None:
         """As the ranks of these nodes."""
@@ -176,16 +172,16 @@ class Cluster:
         self.commit(slot, step, digests)
         return digests
 
-    def slots(self, node: int, *, member: int | None = None) -> list[dict[str, Any]]:
+    def slots(self, node: int, *, member: int | None = None) -> tuple[SlotInventory, ...]:
         """What a node's holder says of a member (its own) in this epoch."""
-        epochs = self.clients[node].inventory()["epochs"]
-        item = next(item for item in epochs if item["epoch"] == self.epoch)
-        return list(item["members"][str(node if member is None else member)]["slots"])
+        epochs = self.clients[node].inventory().epochs
+        held = next(held for held in epochs if held.epoch == self.epoch)
+        return held.members[node if member is None else member]
 
     def kill(self, node: int) -> None:
         """kill -9 of a holder."""
         client = self.clients.pop(node)
-        pid = client.inventory()["pid"]
+        pid = client.inventory().pid
         os.kill(pid, signal.SIGKILL)
         with suppress(HolderGone):
             while True:
@@ -194,7 +190,7 @@ class Cluster:
 
     def flip_parity(self, node: int, slot: int, *, at: int = 0) -> None:
         """Change one bit of a member's parity, as failing memory does."""
-        pid = self.clients[node].inventory()["pid"]
+        pid = self.clients[node].inventory().pid
         flip_bit(pid, f"phalanx-{self.epoch}-parity{node}-slot{slot}", at)
 
     def files(self, node: int, slot: int, step: int, *, name: str) -> dict[str, bytes]:
@@ -207,7 +203,7 @@ class Cluster:
 
     def expected_parity(self, member: int, step: int) -> bytes:
         """A member's parity of a snapshot, made in one go from all data."""
-        spec = Spec.from_json(self.spec)
+        spec = self.spec
         group = spec.group_of(member)
         stripes = Stripes.for_lengths([spec.length(other) for other in group], spec.parity)
         units = [_units(spec, other, step, stripes) for other in group]

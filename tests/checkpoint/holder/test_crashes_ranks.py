@@ -9,11 +9,11 @@ import random
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from phalanx.checkpoint.holder.client import HolderClient, HolderError, HolderGone
+from phalanx.checkpoint.holder.inventory import Inventory
 from phalanx.checkpoint.load import choice
 from tests.checkpoint.holder.nodes import Cluster, content
 
@@ -104,7 +104,7 @@ class Run:
 
 def restart(cluster: Cluster, killed: list[int], *, at_least: int) -> int:
     """Find the newest snapshot, rebuild what was lost, compare all of it; its step."""
-    inventories: list[dict[str, Any] | None] = [
+    inventories: list[Inventory | None] = [
         None if node in killed else cluster.clients[node].inventory() for node in cluster.nodes
     ]
     found, reasons = choice.newest(inventories)
@@ -127,14 +127,14 @@ def restart(cluster: Cluster, killed: list[int], *, at_least: int) -> int:
             meta=found.meta,
             digests=digests,
             sources={
-                other: cluster.clients[node].inventory()["address"] for other, node in where.items()
+                other: cluster.clients[node].inventory().address for other, node in where.items()
             },
         )
     for member, node in {**where, **homes}.items():
         client = cluster.connect(node)
         slot = found.where[member][1] if member in found.where else found.step % 2
         assert client.verify(found.epoch, member, slot)
-        for rank in found.spec["nodes"][member]["ranks"]:
+        for rank in found.spec.ranks[member]:
             view = client.attach_member(found.epoch, member, rank, slot)
             assert view == content(len(view), rank, found.step), (member, rank, found.step)
         client.close()
@@ -142,13 +142,13 @@ def restart(cluster: Cluster, killed: list[int], *, at_least: int) -> int:
     return found.step
 
 
-def _digests(inventories: list[dict[str, Any] | None], found: choice.Found) -> list[int]:
+def _digests(inventories: list[Inventory | None], found: choice.Found) -> list[int]:
     for inventory in inventories:
-        for epoch in inventory["epochs"] if inventory else ():
-            for member in epoch["members"].values() if epoch["epoch"] == found.epoch else ():
-                for slot in member["slots"]:
-                    if slot["step"] == found.step and slot["digests"]:
-                        return list(slot["digests"])
+        for epoch in inventory.epochs if inventory else ():
+            for slots in epoch.members.values() if epoch.epoch == found.epoch else ():
+                for slot in slots:
+                    if slot.step == found.step and slot.digests:
+                        return list(slot.digests)
     raise AssertionError("nobody has committed it")
 
 

@@ -83,7 +83,7 @@ def test_cut_off_node_is_noticed_and_comes_back(
             # Who has no link left is told by its own sending alone, which takes longer.
             assert seconds < (60 if node == 2 else 20), (node, seconds)
             assert node == 2 or "member 2" in why
-        assert [slot["state"] for slot in cluster.slots(0)] == ["committed", "filling"]
+        assert [slot.state for slot in cluster.slots(0)] == ["committed", "filling"]
         link(2, "up")
         deadline = time.monotonic() + 30
         step = 3

@@ -77,7 +77,7 @@ def test_goes_on_without_the_rank_and_keeps_the_slot(tmp_path: Path) -> None:
     with Cluster(tmp_path, linger_s=0.2) as cluster:
         cluster.open([[6 * MIB]], slots=3)
         cluster.snapshot(0, 1)
-        pid = cluster.clients[0].inventory()["pid"]
+        pid = cluster.clients[0].inventory().pid
         other, again = cluster.connect(0), cluster.connect(0)
 
         def write(client: HolderClient) -> float:

@@ -34,7 +34,7 @@ def test_pushes_before_others_begin(tmp_path: Path) -> None:
         cluster.open(PARTS, parity=1)
         cluster.snapshot(0, 1)
         for node in (2, 0, 1):  # one after the other, whole
-            assert cluster.slots(node)[0]["state"] == "committed"
+            assert cluster.slots(node)[0].state == "committed"
             cluster.begin(1, 2, nodes=[node])
             cluster.fill(1, 2, nodes=[node])
             time.sleep(0.1)
@@ -55,7 +55,7 @@ def test_who_is_ahead_waits_for_the_others_commit(tmp_path: Path) -> None:
         cluster.fill(0, 3, nodes=[0])
         time.sleep(0.3)
         for node in (1, 2):  # step 1 stands there, and its parity
-            states = [(slot["step"], slot["state"]) for slot in cluster.slots(node)]
+            states = [(slot.step, slot.state) for slot in cluster.slots(node)]
             assert states == [(1, "committed"), (2, "complete")]
             files = cluster.files(node, 0, 1, name=f"old{node}")
             assert files[f"parity-{node:05d}.bin"] == cluster.expected_parity(node, 1)
@@ -97,19 +97,19 @@ def test_killed_holder_fails_the_others_at_once(tmp_path: Path) -> None:
         for node in (0, 2):
             assert "member 1" in outcome(cluster, node, 1, 3)
         assert time.monotonic() - start < 3
-        assert [slot["state"] for slot in cluster.slots(0)] == ["committed", "filling"]
+        assert [slot.state for slot in cluster.slots(0)] == ["committed", "filling"]
         # A new epoch with a new holder works, and what was lost is rebuilt of the old one.
         spec = cluster.spec
         cluster.memory.clear()
         cluster.open(PARTS, parity=1, epoch="second")
-        sources = {node: cluster.clients[node].inventory()["address"] for node in (0, 2)}
+        sources = {node: cluster.clients[node].inventory().address for node in (0, 2)}
         cluster.clients[1].rebuild(
             spec, member=1, step=1, meta={}, digests=digests, sources=sources
         )
         for rank in (1, 2):
             view = cluster.clients[1].attach_member("first", 1, rank, 0)
             assert view == content(MIB, rank, 1)
-        epochs = [item["epoch"] for item in cluster.clients[1].inventory()["epochs"]]
+        epochs = [held.epoch for held in cluster.clients[1].inventory().epochs]
         assert epochs == ["first", "second"]
         cluster.snapshot(0, 2)
         check_parity(cluster, 0, 2)
@@ -158,7 +158,7 @@ def test_source_that_dies_while_rebuilding_is_left_out(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         cluster.open(parts, parity=2)
         digests = cluster.snapshot(0, 1)
-        address = {node: cluster.clients[node].inventory()["address"] for node in cluster.nodes}
+        address = {node: cluster.clients[node].inventory().address for node in cluster.nodes}
         cluster.kill(3)
         cluster.kill(0)
         sources: dict[int, Any] = {node: address[node] for node in (0, 1, 2)}
@@ -170,7 +170,7 @@ def test_source_that_dies_while_rebuilding_is_left_out(tmp_path: Path) -> None:
             cluster.start(0).rebuild(
                 cluster.spec, member=0, step=1, meta={}, digests=wrong, sources=sources
             )
-        assert cluster.clients[0].inventory()["epochs"] == []
+        assert cluster.clients[0].inventory().epochs == ()
 
 
 def test_damaged_member_is_rebuilt_in_place(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_damaged_member_is_rebuilt_in_place(tmp_path: Path) -> None:
         digests = cluster.snapshot(0, 1)
         cluster.memory[1][0][100] ^= 1
         assert not cluster.clients[1].verify("first", 1, 0)
-        sources = {node: cluster.clients[node].inventory()["address"] for node in (0, 2)}
+        sources = {node: cluster.clients[node].inventory().address for node in (0, 2)}
         cluster.clients[1].rebuild(
             cluster.spec, member=1, step=1, meta={}, digests=digests, sources=sources
         )

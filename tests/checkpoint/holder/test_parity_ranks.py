@@ -56,7 +56,7 @@ def test_every_set_of_members_can_be_rebuilt(tmp_path: Path, k: int, m: int) -> 
             for node in lost:
                 cluster.kill(node)
             left = [node for node in cluster.nodes if node not in lost]
-            sources = {node: cluster.clients[node].inventory()["address"] for node in left}
+            sources = {node: cluster.clients[node].inventory().address for node in left}
             for node in lost:
                 address = cluster.start(node).listen("127.0.0.1")
                 cluster.clients[node].rebuild(
@@ -67,11 +67,11 @@ def test_every_set_of_members_can_be_rebuilt(tmp_path: Path, k: int, m: int) -> 
                     digests=digests,
                     sources=sources,
                 )
-                assert address == cluster.clients[node].inventory()["address"]
+                assert address == cluster.clients[node].inventory().address
                 (slot,) = cluster.slots(node)
-                assert (slot["slot"], slot["step"], slot["state"]) == (1, 7, "committed")
-                assert slot["meta"] == {"step": 7}
-                assert slot["digests"] == digests
+                assert (slot.slot, slot.step, slot.state) == (1, 7, "committed")
+                assert slot.meta == {"step": 7}
+                assert slot.digests == tuple(digests)
                 name = f"{node} after {lost}"
                 assert cluster.files(node, 1, 7, name=name) == before[node]
 
@@ -81,7 +81,7 @@ def test_memory_is_data_and_its_share_of_parity(tmp_path: Path, k: int, m: int) 
     each, slots = 8 * MIB + 1000, 2
     with Cluster(tmp_path) as cluster:
         cluster.open([[each]] * (k + m), parity=m, slots=slots, populate=0)
-        pids = [client.inventory()["pid"] for client in cluster.clients.values()]
+        pids = [client.inventory().pid for client in cluster.clients.values()]
         assert sum(map(snapshot_memory, pids)) == 0
         cluster.snapshot(0, 1)
         cluster.snapshot(1, 2)
@@ -99,9 +99,9 @@ def test_more_lost_than_parity(tmp_path: Path) -> None:
         digests = cluster.snapshot(0, 1)
         cluster.kill(1)
         cluster.kill(2)
-        sources = {node: cluster.clients[node].inventory()["address"] for node in (0, 3)}
+        sources = {node: cluster.clients[node].inventory().address for node in (0, 3)}
         with pytest.raises(HolderError, match=r"member 1 of step 1 cannot be rebuilt: 3 of the 4"):
             cluster.start(1).rebuild(
                 cluster.spec, member=1, step=1, meta={}, digests=digests, sources=sources
             )
-        assert cluster.clients[1].inventory()["epochs"] == []
+        assert cluster.clients[1].inventory().epochs == ()

@@ -74,7 +74,7 @@ def test_one_of_many_starters_wins(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         together(lambda _: start_holder(cluster.job, 0, linger_s=9, log=cluster.log(0)), range(4))
         clients = [cluster.connect(0) for _ in range(3)]
-        assert len({client.inventory()["pid"] for client in clients}) == 1
+        assert len({client.inventory().pid for client in clients}) == 1
         assert (cluster.job, 0) in find_holders()
         assert (cluster.job, 1) not in find_holders()
         cluster.start(0)
@@ -87,7 +87,7 @@ def test_finish_frees_everything(tmp_path: Path) -> None:
         epoch = f"finish{os.getpid()}"
         cluster.open([[40 * MIB]], populate=2, epoch=epoch)
         client = cluster.clients[0]
-        pid = client.inventory()["pid"]
+        pid = client.inventory().pid
         assert snapshot_memory(pid) == 80 * MIB
         assert who_maps(epoch) == {pid, os.getpid()}
         cluster.memory.clear()
@@ -107,9 +107,9 @@ def test_lingers_for_ranks_but_not_for_tools(tmp_path: Path) -> None:
     with Cluster(tmp_path, linger_s=0.3) as cluster:
         cluster.open([[MIB]])
         tool = cluster.connect(0)
-        pid = tool.inventory()["pid"]
+        pid = tool.inventory().pid
         time.sleep(0.6)  # longer than it lingers, were the rank not there
-        assert tool.inventory()["pid"] == pid
+        assert tool.inventory().pid == pid
         cluster.clients.pop(0).close()
         start = time.monotonic()
         wait_until(lambda: not alive(pid))
@@ -122,7 +122,7 @@ def test_lingers_for_ranks_but_not_for_tools(tmp_path: Path) -> None:
 def test_ends_on_sigterm(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         cluster.open([[MIB]])
-        pid = cluster.clients[0].inventory()["pid"]
+        pid = cluster.clients[0].inventory().pid
         os.kill(pid, signal.SIGTERM)
         wait_until(lambda: not alive(pid))
         assert not socket_path(cluster.job, 0).exists()
@@ -143,7 +143,7 @@ def test_killed_holder_is_noticed_and_replaced(tmp_path: Path) -> None:
 
         thread = threading.Thread(target=protect)
         thread.start()
-        pid = client.inventory()["pid"]
+        pid = client.inventory().pid
         os.kill(pid, signal.SIGKILL)
         start = time.monotonic()
         with suppress(HolderGone):
@@ -155,8 +155,8 @@ def test_killed_holder_is_noticed_and_replaced(tmp_path: Path) -> None:
         assert socket_path(cluster.job, 0).exists()  # its leftover
         assert (cluster.job, 0) not in find_holders()
         fresh = cluster.start(0)
-        assert fresh.inventory()["epochs"] == []
-        assert fresh.inventory()["pid"] != pid
+        assert fresh.inventory().epochs == ()
+        assert fresh.inventory().pid != pid
 
 
 def test_killed_rank_leaves_what_was_committed(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_killed_rank_leaves_what_was_committed(tmp_path: Path) -> None:
             with pytest.raises(HolderError, match="step 5: rank 1 of member 0 is gone"):
                 client.protect("first", 1, 5)
             assert time.monotonic() - start < 2
-        states = [(slot["step"], slot["state"]) for slot in cluster.slots(0)]
+        states = [(slot.step, slot.state) for slot in cluster.slots(0)]
         assert states == [(4, "committed"), (5, "filling")]
         with pytest.raises(HolderError, match="not in slot 1"):
             client.attach_member("first", 0, 1, 1)
@@ -188,7 +188,7 @@ def test_killed_rank_leaves_what_was_committed(tmp_path: Path) -> None:
         assert client.verify("first", 0, 0)
         cluster.memory[1] = client.attach("first", 1)  # its successor
         cluster.snapshot(1, 6)
-        assert [slot["state"] for slot in cluster.slots(0)] == ["committed", "committed"]
+        assert [slot.state for slot in cluster.slots(0)] == ["committed", "committed"]
 
 
 def test_new_epoch_keeps_the_old_ones_snapshot(tmp_path: Path) -> None:
@@ -199,16 +199,16 @@ def test_new_epoch_keeps_the_old_ones_snapshot(tmp_path: Path) -> None:
         cluster.clients[0].filled("old", 0, 1, MIB)
         late = cluster.clients[0]
         cluster.clients[0] = cluster.connect(0)
-        pid = late.inventory()["pid"]
+        pid = late.inventory().pid
         cluster.memory.clear()
         cluster.open([[MIB]], epoch="new", populate=0)
         assert snapshot_memory(pid) == 10 * MIB  # what step 9 had is gone
         with pytest.raises(HolderError, match="epoch old is over"):
             late.begin("old", 1, 10)
         late.close()
-        old, new = cluster.clients[0].inventory()["epochs"]
-        assert (old["epoch"], old["frozen"], new["epoch"]) == ("old", True, "new")
-        assert [slot["step"] for slot in old["members"]["0"]["slots"]] == [8]
+        old, new = cluster.clients[0].inventory().epochs
+        assert (old.epoch, old.frozen, new.epoch) == ("old", True, "new")
+        assert [slot.step for slot in old.members[0]] == [8]
         view = cluster.clients[0].attach_member("old", 0, 0, 0)
         assert view == content(10 * MIB, 0, 8)
         cluster.snapshot(0, 9)
@@ -216,7 +216,7 @@ def test_new_epoch_keeps_the_old_ones_snapshot(tmp_path: Path) -> None:
         cluster.clients[0].forget("old")
         assert view == content(10 * MIB, 0, 8)  # who maps it keeps it
         assert snapshot_memory(pid) <= 2 * MIB
-        assert [item["epoch"] for item in cluster.clients[0].inventory()["epochs"]] == ["new"]
+        assert [held.epoch for held in cluster.clients[0].inventory().epochs] == ["new"]
 
 
 def test_new_epoch_keeps_no_more_than_it_may_need(tmp_path: Path) -> None:
@@ -229,10 +229,10 @@ def test_new_epoch_keeps_no_more_than_it_may_need(tmp_path: Path) -> None:
         cluster.protect(0, 4)  # complete; whether others have committed it is not known here
         cluster.memory.clear()
         cluster.open([[MIB]], epoch="new", populate=0)
-        old = cluster.clients[0].inventory()["epochs"][0]
-        states = [(slot["step"], slot["state"]) for slot in old["members"]["0"]["slots"]]
+        old = cluster.clients[0].inventory().epochs[0]
+        states = [(slot.step, slot.state) for slot in old.members[0]]
         assert states == [(4, "complete"), (3, "committed")]
-        assert old["bytes"] == 8 * MIB
+        assert old.bytes == 8 * MIB
 
 
 def test_newest_committed_is_never_overwritten(tmp_path: Path) -> None:
@@ -247,11 +247,11 @@ def test_newest_committed_is_never_overwritten(tmp_path: Path) -> None:
         thread.start()
         thread.join(0.3)
         assert thread.is_alive()
-        assert cluster.slots(0)[0]["state"] == "committed"
+        assert cluster.slots(0)[0].state == "committed"
         cluster.commit(1, 2, [report["digest"]])
         thread.join(5)
         assert not thread.is_alive()
-        states = [(slot["step"], slot["state"]) for slot in cluster.slots(0)]
+        states = [(slot.step, slot.state) for slot in cluster.slots(0)]
         assert states == [(3, "filling"), (2, "committed")]
         ahead.close()
 
@@ -270,7 +270,10 @@ def test_refusals(tmp_path: Path) -> None:
             (lambda: client.protect("first", 1, 6), "slot 1 holds nothing"),
             (lambda: client.commit("first", 1, 6, digests=[1], meta={}), "not complete"),
             (lambda: client.commit("first", 0, 5, digests=[1], meta={}), "has digest"),
-            (lambda: client.open({"epoch": 1}, member=0, populate=0), "no epoch"),
+            (
+                lambda: client._call("open", spec={"epoch": 1}, member=0, populate=0),
+                "no epoch",
+            ),
         ):
             with pytest.raises(HolderError, match=match):
                 wrong()
@@ -295,7 +298,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
         cluster.snapshot(0, 1)
         cluster.memory[0][0][2 * MIB + 5] ^= 4
         assert not cluster.clients[0].verify("first", 0, 0)
-        assert cluster.slots(0)[0]["state"] == "damaged"
+        assert cluster.slots(0)[0].state == "damaged"
         with pytest.raises(HolderError, match="not in slot 0"):
             cluster.clients[0].attach_member("first", 0, 0, 0)
 
@@ -306,17 +309,17 @@ def test_two_jobs_do_not_meet(tmp_path: Path) -> None:
         other.open([[MIB]])
         digests = one.snapshot(0, 3)
         other.snapshot(0, 3)
-        one_pid = one.clients[0].inventory()["pid"]
+        one_pid = one.clients[0].inventory().pid
         other.clients[0].finish()
         wait_until(lambda: (other.job, 0) not in find_holders())
-        assert one.clients[0].inventory()["pid"] == one_pid
-        assert one.slots(0)[0]["digest"] == digests[0]
+        assert one.clients[0].inventory().pid == one_pid
+        assert one.slots(0)[0].digest == digests[0]
 
 
 def test_callers_without_the_token(tmp_path: Path) -> None:
     with Cluster(tmp_path) as cluster:
         cluster.open([[1000], [1000]], parity=1)
-        host, port = cluster.clients[0].inventory()["address"]
+        host, port = cluster.clients[0].inventory().address
         greeting = {"epoch": "first", "token": "guess", "role": "fetch"}
         with pytest.raises(RefusedError, match="wrong token"):
             dial((host, port), greeting, patience_s=5)
@@ -375,4 +378,4 @@ def test_other_users_are_refused(tmp_path: Path) -> None:
         linked.chmod(0o777)
         assert subprocess.run([sys.executable, "-c", code, str(linked)]).returncode == 8
         path.chmod(0o700)
-        assert cluster.clients[0].inventory()["pid"]
+        assert cluster.clients[0].inventory().pid

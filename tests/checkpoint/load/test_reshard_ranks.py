@@ -198,8 +198,8 @@ def load_broken(ranks: Ranks, what: str) -> str:
         ("lost", r"load: rank \d: ValueError: "),
         ("gap", r"rank 1: w0: the 40 elements of \[4, 10\] at \[0, 0\] are not stored"),
         ("other", "the ranks see different checkpoints"),
-        ("type", "rank 1: w3: is F32 there and torch.int32 here"),
-        ("name", "rank 1: gone: is not stored"),
+        ("type", "rank 1: w3 is torch.float32 there and torch.int32 here"),
+        ("name", r"rank 1: it lacks 1 of 9 tensors: gone \[4, 10\]; it was saved from another"),
     ],
 )
 @pytest.mark.parametrize("world_size", [2, 3])

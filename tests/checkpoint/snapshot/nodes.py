@@ -68,12 +68,12 @@ def check_protected(root: Path, nodes: int, step: int) -> None:
     names = set()
     for node in range(nodes):
         client = HolderClient.connect(job, node)
-        [epoch] = client.inventory()["epochs"]
+        [epoch] = client.inventory().epochs
         client.close()
-        names.add(epoch["epoch"])
-        assert epoch["members"].keys() == {str(node)}
-        [slot] = [s for s in epoch["members"][str(node)]["slots"] if s["step"] == step]
-        assert (slot["state"], slot["data_ok"], slot["parity_ok"]) == ("committed", True, True)
+        names.add(epoch.epoch)
+        assert epoch.members.keys() == {node}
+        [slot] = [slot for slot in epoch.members[node] if slot.step == step]
+        assert slot.state == "committed"
     assert len(names) == 1
 
 

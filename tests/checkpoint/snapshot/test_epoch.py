@@ -14,6 +14,8 @@ from phalanx.checkpoint.chunks import Chunk
 from phalanx.checkpoint.errors import CheckpointError
 from phalanx.checkpoint.format.job import directory_of, job_name, read_job
 from phalanx.checkpoint.holder import memory
+from phalanx.checkpoint.holder.inventory import EpochInventory, Inventory, SlotInventory
+from phalanx.checkpoint.holder.spec import Spec
 from phalanx.checkpoint.load.memory import find
 from phalanx.checkpoint.nodes.node import find_node
 from phalanx.checkpoint.peers import Peers
@@ -30,7 +32,7 @@ class Told(Peers):
         self.rank, self.size = rank, len(answers[0])
         self._answers = list(answers)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         return self._answers.pop(0)
 
 
@@ -102,23 +104,35 @@ def test_what_could_not_be_loaded_is_refused_before_it_is_saved() -> None:
 
 def test_tables_are_told_by_one_node_and_only_once_a_snapshot_is_chosen() -> None:
     parts = [[["w", "F32", [4], [0], [4]]]]
-    spec = {"parity": 0, "groups": [[0]], "nodes": [{"ranks": [0]}], "parts": parts}
-    slot = {"slot": 1, "step": 7, "state": "committed", "digests": [5], "meta": {}}
-    epochs = [{"epoch": "e", "spec": spec, "members": {"0": {"slots": [slot]}}}]
+    spec = Spec(
+        epoch="e",
+        token="t",
+        parity=0,
+        num_slots=2,
+        groups=((0,),),
+        addresses=(None,),
+        ranks=((0,),),
+        parts=parts,
+    )
+    slot = SlotInventory(slot=1, step=7, state="committed", digests=(5,), meta={})
+    epoch = EpochInventory(
+        spec=spec, frozen=False, bytes=16, taken=16, attached=(), members={0: (slot,)}
+    )
+    inventory = Inventory(pid=1, address=None, epochs=(epoch,))
     told: list[Any] = []
 
     class Listening(Peers):
-        def gather(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             told.append(value)
             return [value]
 
-    client = SimpleNamespace(inventory=lambda: json.loads(json.dumps({"epochs": epochs})))
+    client = SimpleNamespace(inventory=lambda: inventory)
     node = SimpleNamespace(leader=True, number=0, count=1, leaders=[0])
     place: Any = SimpleNamespace(node=node, connect=lambda: nullcontext(client))
     found, reasons = find(place, Listening(None))
     assert found is not None
-    assert (found.step, found.spec, reasons) == (7, spec, [])
-    assert "parts" not in told[0][0]["epochs"][0]["spec"]
+    assert (found.step, found.spec.to_json(), reasons) == (7, spec.to_json(), [])
+    assert told[0][0].epochs[0].spec.to_json() == spec.to_json() | {"parts": []}
 
 
 # --- the copier's thread --------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_changed_data_is_not_written(tmp_path: Path, at: int) -> None:
             with pytest.raises(HolderError, match=said):
                 drain(cluster, 1)
         assert not (tmp_path / "storage/step7/part-00002.safetensors").exists()
-        assert cluster.slots(1)[0]["state"] == "damaged"
+        assert cluster.slots(1)[0].state == "damaged"
         assert lost(cluster) == (1,)
         rebuild(cluster, 1, digests)
         assert cluster.clients[1].attach_member("first", 1, 2, 0) == content(2 * MIB + 9, 2, 7)
@@ -62,7 +62,7 @@ def rebuild(cluster: Cluster, member: int, digests: list[int]) -> None:
         step=7,
         meta={},
         digests=digests,
-        sources={node: cluster.clients[node].inventory()["address"] for node in others},
+        sources={node: cluster.clients[node].inventory().address for node in others},
     )
 
 
@@ -87,7 +87,7 @@ def test_what_was_rebuilt_is_compared_too(tmp_path: Path) -> None:
         cluster.open(PARTS, parity=1)
         digests = cluster.snapshot(0, 7)
         cluster.kill(1)
-        pid = cluster.start(1).inventory()["pid"]
+        pid = cluster.start(1).inventory().pid
         for name, what in (("rank2", "rank 2's part"), ("parity1", "the parity")):
             rebuild(cluster, 1, digests)
             flip_bit(pid, f"phalanx-first-{name}-slot0", 50)
@@ -109,7 +109,7 @@ def test_changed_parity_is_not_rebuilt_from(tmp_path: Path) -> None:
         files = cluster.files(3, 0, 7, name="rebuilt")
         assert files["part-00004.safetensors"].endswith(content(MIB, 3 + 1, 7))
         assert files["parity-00003.bin"] == cluster.expected_parity(3, 7)
-        assert cluster.slots(1)[0]["state"] == "committed"  # its data is as it was
+        assert cluster.slots(1)[0].state == "committed"  # its data is as it was
         cluster.flip_parity(2, 0)
         with pytest.raises(HolderError, match=r"member [12]: its parity of step 7 has changed"):
             rebuild(cluster, 3, digests)

@@ -1,5 +1,7 @@
 """What snapshots need no holder for: who keeps what, copying it, and which one is found again."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 
 from phalanx.checkpoint.boxes import Box, TensorInfo
 from phalanx.checkpoint.format.table import PartTable
+from phalanx.checkpoint.holder.inventory import EpochInventory, Inventory, SlotInventory
+from phalanx.checkpoint.holder.spec import HolderError, Spec
 from phalanx.checkpoint.load.choice import Found, new_homes, newest
 from phalanx.checkpoint.snapshot.copier import BUCKET_BYTES, Copier
 from phalanx.checkpoint.snapshot.shares import Held, assign
@@ -103,24 +107,35 @@ def test_copies_from_cuda_see_the_moment_of_the_call() -> None:
 
 # --- recovery -------------------------------------------------------------------------------------
 
-SPEC = {
-    "epoch": "e",
-    "parity": 1,
-    "groups": [[0, 1, 2]],
-    "nodes": [{"ranks": [0]}, {"ranks": [1]}, {"ranks": [2]}],
-}
+SPEC = Spec(
+    epoch="e",
+    token="t",
+    parity=1,
+    num_slots=2,
+    groups=((0, 1, 2),),
+    addresses=(("a", 1), ("b", 2), ("c", 3)),
+    ranks=((0,), (1,), (2,)),
+    parts=[[["w", "F32", [4], [0], [4]]], [], []],
+)
 
 
-def inventory(member: int, *slots: tuple[int, str], epoch: str = "e") -> dict[str, Any]:
-    described = [
-        {"slot": n, "step": step, "state": state, "meta": {"s": step}, "digests": [1, 2, 3]}
+def inventory(member: int, *slots: tuple[int, str], epoch: str = "e") -> Inventory:
+    described = tuple(
+        SlotInventory(slot=n, step=step, state=state, meta={"s": step}, digests=(1, 2, 3))
         for n, (step, state) in enumerate(slots)
-    ]
-    members = {str(member): {"slots": described}}
-    return {"epochs": [{"epoch": epoch, "spec": SPEC | {"epoch": epoch}, "members": members}]}
+    )
+    held = EpochInventory(
+        spec=replace(SPEC, epoch=epoch),
+        frozen=False,
+        bytes=16,
+        taken=8,
+        attached=(0,),
+        members={member: described},
+    )
+    return Inventory(pid=1, address=("a", 1), epochs=(held,))
 
 
-def found(*inventories: dict[str, Any] | None) -> Found:
+def found(*inventories: Inventory | None) -> Found:
     answer, _ = newest(inventories)
     assert answer is not None
     return answer
@@ -162,8 +177,59 @@ def test_more_than_parity_is_said_and_an_older_one_is_taken() -> None:
 def test_the_newest_epoch_that_has_it_and_not_a_rejected_one() -> None:
     before = [inventory(n, (7, "committed"), epoch="old") for n in range(3)]
     now = [inventory(n, (7, "committed"), (8, "committed"), epoch="new") for n in range(3)]
-    both = [{"epochs": a["epochs"] + b["epochs"]} for a, b in zip(before, now, strict=True)]
+    both = [replace(a, epochs=a.epochs + b.epochs) for a, b in zip(before, now, strict=True)]
     assert found(*both).epoch == "new"
     again, _ = newest(both, without={("new", 8)})
     assert again is not None
     assert again.step == 7
+
+
+def test_what_holders_say_is_understood_by_other_versions_of_the_same_language() -> None:
+    """The words may not change without VERSION: a holder outlives the program that started it."""
+    body = {
+        "version": 2,
+        "pid": 1,
+        "address": ["a", 1],
+        "epochs": [
+            {
+                "epoch": "e",
+                "spec": {
+                    "epoch": "e",
+                    "token": "t",
+                    "parity": 1,
+                    "slots": 2,
+                    "groups": [[0, 1, 2]],
+                    "nodes": [
+                        {"address": ["a", 1], "ranks": [0]},
+                        {"address": ["b", 2], "ranks": [1]},
+                        {"address": ["c", 3], "ranks": [2]},
+                    ],
+                    "parts": [[["w", "F32", [4], [0], [4]]], [], []],
+                },
+                "frozen": False,
+                "bytes": 16,
+                "taken": 8,
+                "attached": [0],
+                "members": {
+                    "0": {
+                        "slots": [
+                            {
+                                "slot": 0,
+                                "step": 4,
+                                "state": "committed",
+                                "meta": {"s": 4},
+                                "digest": None,
+                                "digests": [1, 2, 3],
+                                "data_ok": True,
+                                "parity_ok": True,
+                            }
+                        ]
+                    }
+                },
+            }
+        ],
+    }
+    assert json.loads(json.dumps(inventory(0, (4, "committed")).to_json())) == body
+    assert json.loads(json.dumps(Inventory.from_json(body).to_json())) == body
+    with pytest.raises(HolderError, match=r"process 1\) was started by another version"):
+        Inventory.from_json(body | {"version": 1})
