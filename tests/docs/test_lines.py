@@ -22,6 +22,8 @@ from tests.killed_run import end_all
 
 LINES = {document: commands(document) for document in DOCUMENTS}
 ENVIRON = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+OWN_OPTIONS = ("--help", "--config-dir", "--json", "--random")
+"""What overrides are not all that stands behind a verb with."""
 LINE_S = 240
 """Seconds that one command may take on a busy machine."""
 
@@ -134,9 +136,7 @@ def test_every_command_is_one(document: str) -> None:
         assert any(re.search(pattern, as_run(line.text)) for pattern, _ in EXPECTED), line
         if VERBS[verb].takes_overrides and verb in ("train", "verify", "data"):
             argv = [word for word in rest if word not in ("prepare", "show")]
-            if "--help" in argv or any(
-                part in line.text for part in ("--config-dir", "--json", "--random")
-            ):
+            if any(part in line.text for part in OWN_OPTIONS):
                 continue
             compose(Command.parse(argv).jobs()[0])
 
