@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from phalanx.launch.bad_input import BadInput
+from phalanx.launch.config.completion import FLAGS, complete
 from phalanx.launch.help import explain, overview
 from phalanx.launch.ranks.failure import RankFailed, Stopped
 from phalanx.launch.verbs.table import VERBS
@@ -25,10 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"phalanx {version('phalanx-train')}")
         return 0
     verb = VERBS.get(name)
-    if verb is None:
+    if verb is None and name not in FLAGS:
         return _refuse(f"{name}: unknown verb; choose one of {', '.join(VERBS)}")
     rest = arguments[1:]
     try:
+        if verb is None or set(rest) & set(FLAGS):
+            asked = rest if verb is None else [word for word in rest if word not in FLAGS]
+            complete(asked, {name: verb.takes_overrides for name, verb in VERBS.items()})
+            return 0
         if "--help" in rest or "-h" in rest:
             topics = [item for item in rest if not item.startswith("-")]
             print(explain(verb, topics), flush=True)

@@ -26,6 +26,7 @@ HYDRA_OPTIONS = (
     ("--config-name NAME", "take another root file"),
     ("--info [WHAT]", "how Hydra found and merged the files"),
     ("--hydra-help", "Hydra's own help, its further options among it"),
+    ("-sc install=SHELL", 'completion for bash, zsh or fish: eval "$(phalanx -sc install=bash)"'),
 )
 
 

@@ -72,6 +72,7 @@ class Expected:
 
 
 EXPECTED = (
+    (r"-sc install", Expected(r"complete .* phalanx$")),
     (r"--help", Expected(r"(?s)usage: phalanx|phalanx [\d.]+: |\w+\.\w+ = ")),
     (r"--cfg job", Expected(r"(?s)^training:\n.*^  steps: \d+")),
     (r"^phalanx train .*--multirun", Expected(r"(?s)job 1: .*step 3/3  loss \d\.\d+")),
