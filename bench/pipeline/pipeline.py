@@ -15,7 +15,7 @@ from statistics import median
 from phalanx.bench.figures import Figure, Request, compared
 from phalanx.bench.pipeline.delays import Delays, measure_delays
 from phalanx.bench.pipeline.peer import PEERS
-from phalanx.bench.pipeline.ranks import SYNCED, Plan, measure, steady
+from phalanx.bench.pipeline.ranks import SYNCED, PipelineTurns, measure, steady
 from phalanx.parallel.pipeline.graph import Schedule
 from phalanx.parallel.pipeline.schedules.registry import chunks_of, make_schedule
 from phalanx.parallel.pipeline.search import best_schedule
@@ -67,7 +67,7 @@ def bench(request: Request) -> list[Figure]:
     run = {"world_size": settings.ranks, "config": launch}
     delays = request.launch(measure_delays, settings.seconds, **run)[0]
     schedules = named(settings, delays) | searched(settings, delays)
-    plan = Plan(
+    plan = PipelineTurns(
         seconds=settings.seconds,
         num_microbatches=settings.microbatches,
         schedules=schedules,

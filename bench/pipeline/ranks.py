@@ -40,7 +40,7 @@ LEAD_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PipelineTurns:
     """What is to be run."""
 
     seconds: tuple[float, float, float]
@@ -63,7 +63,7 @@ class Measured:
     """By round, at its beginning; the same on every rank."""
 
 
-def measure(ranks: Ranks, plan: Plan) -> Measured:
+def measure(ranks: Ranks, plan: PipelineTurns) -> Measured:
     """Run every side in every round.
 
     Raises:
@@ -122,7 +122,7 @@ class Side:
         return ends
 
 
-def _ours(plan: Plan) -> dict[str, Side]:
+def _ours(plan: PipelineTurns) -> dict[str, Side]:
     """One executor a placement; schedules take turns in it."""
     executors: dict[tuple[int, ...], tuple[PipelineExecutor, OpSeconds]] = {}
     sides = {}
@@ -138,7 +138,7 @@ def _ours(plan: Plan) -> dict[str, Side]:
     return sides
 
 
-def _executor(plan: Plan, schedule: Schedule) -> tuple[PipelineExecutor, OpSeconds]:
+def _executor(plan: PipelineTurns, schedule: Schedule) -> tuple[PipelineExecutor, OpSeconds]:
     assert dist.group.WORLD is not None
     seconds = OpSeconds.share(plan.seconds, chunks=schedule.chunks)
     store = WeightGradientStore()
@@ -162,7 +162,7 @@ def _executor(plan: Plan, schedule: Schedule) -> tuple[PipelineExecutor, OpSecon
 
 
 def _side(
-    plan: Plan,
+    plan: PipelineTurns,
     executor: PipelineExecutor,
     seconds: OpSeconds,
     schedule: Schedule,
@@ -238,7 +238,7 @@ def steady(ends: list[float]) -> float:
     return (ends[-1] - ends[0]) / (len(ends) - 1)
 
 
-def _peers(plan: Plan) -> dict[str, Side]:
+def _peers(plan: PipelineTurns) -> dict[str, Side]:
     assert dist.group.WORLD is not None
     sides = {}
     for name, (_, chunks, _) in PEERS.items():

@@ -28,7 +28,7 @@ CLOSE, TRIES = 0.02, 4
 
 
 @dataclass(kw_only=True)
-class Found:
+class NetworkTurns:
     """What one rank found, by side."""
 
     sent: dict[str, float] = field(default_factory=dict)
@@ -43,11 +43,11 @@ class Found:
     """Mean of the last steps."""
 
 
-def measure(ranks: Ranks, config: Config, nodes: list[Node]) -> Found:
+def measure(ranks: Ranks, config: Config, nodes: list[Node]) -> NetworkTurns:
     """Run every side on a fast network, then on the slow one, then to the last step."""
     namespaces.enter(nodes[ranks.rank // ranks.ranks_per_node])
     ranks = replace(ranks, init_method=f"tcp://{nodes[0].address}:{namespaces.PORT}")
-    found = Found()
+    found = NetworkTurns()
     rounds, steps = config.bench.rounds or ROUNDS, config.bench.steps or STEPS
     with process_group(ranks):
         sides = make_sides(config, ranks)
@@ -110,7 +110,7 @@ def corrected(mbit: float, *, quick_s: float, slow_s: float, waiting: float) -> 
     return mbit * max(slow_s - quick_s, 0.1 * wanted) / wanted
 
 
-def _limited(config: Config, ranks: Ranks, peer: Side, found: Found, *, steps: int) -> float:
+def _limited(config: Config, ranks: Ranks, peer: Side, found: NetworkTurns, *, steps: int) -> float:
     """Slow the network down, by the configured rate or until the peer waits as it shall; the rate,
     the same on every rank."""
     settings = config.bench.slow_network
@@ -163,5 +163,5 @@ def _agreed(seconds: float) -> float:
     return float(value)
 
 
-def _shown(found: Found) -> str:
+def _shown(found: NetworkTurns) -> str:
     return ", ".join(f"{name} {median(found.seconds[name]):.2f} s a step" for name in SIDES)

@@ -16,7 +16,7 @@ from statistics import median
 
 from phalanx.bench.figures import Figure, Request, compared
 from phalanx.bench.slow_network import namespaces
-from phalanx.bench.slow_network.ranks import PEER, SIDES, Found, last_step, measure
+from phalanx.bench.slow_network.ranks import PEER, SIDES, NetworkTurns, last_step, measure
 from phalanx.bench.turns import quiet
 from phalanx.bench.zero.ways import BF16, FED_BACK, PLAIN, TOGETHER, layout, num_ranks
 from phalanx.train.config import Config, Device
@@ -44,7 +44,7 @@ def bench(request: Request) -> list[Figure]:
     return list(figures(config, found))
 
 
-def figures(config: Config, found: list[Found]) -> Iterator[Figure]:
+def figures(config: Config, found: list[NetworkTurns]) -> Iterator[Figure]:
     """What the ranks found, as figures: rank 0's clocks, and the node that sent most."""
     first = found[0]
     tokens = config.training.global_batch_size * config.training.seq_len
@@ -90,7 +90,7 @@ def figures(config: Config, found: list[Found]) -> Iterator[Figure]:
         yield from _losses(first)
 
 
-def _losses(found: Found) -> Iterator[Figure]:
+def _losses(found: NetworkTurns) -> Iterator[Figure]:
     """Each side's loss at the end, and how far it is from the peer's."""
     for side in SIDES:
         yield Figure(name=f"slow_network.{side}.loss", value=found.losses[side], unit="nats/token")

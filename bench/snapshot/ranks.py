@@ -73,7 +73,7 @@ class Turn:
 
 
 @dataclass(kw_only=True)
-class Found:
+class SnapshotTurns:
     """What one rank found."""
 
     turns: dict[str, dict[str, list[Turn]]] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Found:
     """Of the state, over all ranks."""
 
 
-def measure(ranks: Ranks, config: Config, memory: str, disk: str) -> Found:
+def measure(ranks: Ranks, config: Config, memory: str, disk: str) -> SnapshotTurns:
     """Take turns at every kind of step, then save and load.
 
     Args:
@@ -107,7 +107,7 @@ def measure(ranks: Ranks, config: Config, memory: str, disk: str) -> Found:
         ).axis("dp_shard")
         state = State(mesh, num_bytes=settings.state_mb << 20)
         work = make_work(ranks, step_s=settings.step_s)
-        found = Found(num_bytes=state.num_bytes)
+        found = SnapshotTurns(num_bytes=state.num_bytes)
         ours = Ours(Path(disk) / OURS, ranks, state.tensors)
         peers = make_peers(Path(memory), ranks, state)
         sides: dict[str, Saver | None] = {WITHOUT: None, OURS: ours, **peers}
@@ -185,7 +185,7 @@ def loaded_wrong(side: Saver, state: State) -> int:
 
 
 def save_and_load(
-    found: Found, ways: Mapping[str, Files], state: State, disk: Path, *, count: int
+    found: SnapshotTurns, ways: Mapping[str, Files], state: State, disk: Path, *, count: int
 ) -> None:
     """Durable checkpoints of the same state, by turns, and plain copies of it; the first round
     only warms up.

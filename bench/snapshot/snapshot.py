@@ -17,7 +17,7 @@ import psutil
 
 from phalanx.bench.figures import Figure, Request, compared
 from phalanx.bench.snapshot import peer_torch_checkpointing
-from phalanx.bench.snapshot.ranks import DCP, OURS, STEPS, WITHOUT, Found, Turn, measure
+from phalanx.bench.snapshot.ranks import DCP, OURS, STEPS, WITHOUT, SnapshotTurns, Turn, measure
 from phalanx.train.config import Config, Launcher
 
 MEMORY = Path("/dev/shm")
@@ -64,7 +64,7 @@ def bench(request: Request) -> list[Figure]:
     return list(figures(found, step_s=settings.step_s))
 
 
-def figures(found: list[Found], *, step_s: float) -> Iterator[Figure]:
+def figures(found: list[SnapshotTurns], *, step_s: float) -> Iterator[Figure]:
     """All that is reported of what the ranks found."""
     first = found[0]
     yield Figure(name="snapshot.state", value=first.num_bytes / 1e9, unit="GB")
@@ -118,7 +118,7 @@ def step_times(rounds: list[list[Turn]]) -> list[float]:
     return [fmean(map(max, zip(*(turn.step for turn in turns), strict=True))) for turns in rounds]
 
 
-def _rounds(found: list[Found], kind: str, name: str) -> list[list[Turn]]:
+def _rounds(found: list[SnapshotTurns], kind: str, name: str) -> list[list[Turn]]:
     """A side's turns: by round, then by rank."""
     return [list(turns) for turns in zip(*(f.turns[kind][name] for f in found), strict=True)]
 

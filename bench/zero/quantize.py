@@ -30,7 +30,7 @@ NUMEL = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class QuantizeTurns:
     """What one rank measured."""
 
     numel: int
@@ -64,7 +64,7 @@ def bench(request: Request, *, numel: int | None = None) -> list[Figure]:
     return figures
 
 
-def measure(ranks: Ranks, config: Config, *, numel: int | None = None) -> Found:
+def measure(ranks: Ranks, config: Config, *, numel: int | None = None) -> QuantizeTurns:
     """Time calls in turn, backwards every second round."""
     steps = config.bench.steps or STEPS
     with process_group(ranks):
@@ -81,7 +81,7 @@ def measure(ranks: Ranks, config: Config, *, numel: int | None = None) -> Found:
                     calls[name]()
                 synchronize(ranks)
                 seconds[name].append((time.perf_counter() - begin) / steps)
-    return Found(numel=numel, seconds=seconds, errors=errors)
+    return QuantizeTurns(numel=numel, seconds=seconds, errors=errors)
 
 
 def _calls(

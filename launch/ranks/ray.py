@@ -22,7 +22,7 @@ try:
         PlacementGroupSchedulingStrategy,
     )
 
-    from phalanx.launch.ranks.ray_actor import Place, Rank, send_sigterm
+    from phalanx.launch.ranks.ray_actor import ActorPlace, Rank, send_sigterm
 except ImportError as error:
     raise BadInput(
         "launch=ray: Ray is not installed; `pip install 'phalanx-train[ray]'`"
@@ -153,7 +153,7 @@ def _actors(world_size: int, *, config: LaunchConfig, gpu: bool, stack: ExitStac
 class _Watch:
     """The launching process's view of the ranks, from start to end."""
 
-    def __init__(self, places: list[Place], pending: dict[Any, int], stack: ExitStack) -> None:
+    def __init__(self, places: list[ActorPlace], pending: dict[Any, int], stack: ExitStack) -> None:
         self.places = places
         self.pending = pending
         self.results: dict[int, Any] = {}

@@ -18,7 +18,7 @@ from phalanx.train.config import LaunchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ActorPlace:
     """Where an actor runs."""
 
     node: str
@@ -30,9 +30,9 @@ class Place:
 class Rank:
     """One rank's actor. It has one thread, the main one, so that the work may handle signals."""
 
-    def place(self) -> "Place":
+    def place(self) -> "ActorPlace":
         """Where this actor is."""
-        return Place(
+        return ActorPlace(
             node=ray.get_runtime_context().get_node_id(),
             address=ray.util.get_node_ip_address(),
             host=socket.gethostname(),

@@ -27,7 +27,7 @@ MOST_REFUSED = 2000
 
 
 @dataclass(kw_only=True)
-class Found:
+class DrawnLayouts:
     """What became of the layouts."""
 
     seed: int
@@ -51,7 +51,7 @@ def verify_random(
         config = compose([*SMALL, *command.overrides], command.source)
     need_own_launch("verify", config)
     warm_up()
-    found = Found(seed=secrets.randbelow(10**6) if seed is None else seed)
+    found = DrawnLayouts(seed=secrets.randbelow(10**6) if seed is None else seed)
     print(f"drawn from --seed {found.seed}", flush=True)
     in_a_row = 0
     for overrides in draws(found.seed, command.overrides):
@@ -107,7 +107,7 @@ def _verify(config: Config) -> tuple[float, str]:
     return max(report.to_json()["worst"].values()), "" if report.passed else report.table()
 
 
-def _end(found: Found, json_file: Path | None) -> None:
+def _end(found: DrawnLayouts, json_file: Path | None) -> None:
     failed = [layout["command"] for layout in found.layouts if not layout["passed"]]
     verified = len(found.layouts) - len(failed)
     print(f"{verified} verified, {len(failed)} failed, {found.refused} draws refused by the checks")

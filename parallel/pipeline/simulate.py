@@ -121,7 +121,7 @@ def steady_time(schedule: Schedule, costs: Costs, *, steps: int = 6) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class ScheduleReport:
     """What a schedule costs; times and memory in the units of its costs and deltas."""
 
     span_bubble: float
@@ -135,7 +135,7 @@ class Report:
     """Most microbatches whose activations any rank holds, from F to W."""
 
 
-def report(schedule: Schedule, costs: Costs, memory: Memory) -> Report:
+def report(schedule: Schedule, costs: Costs, memory: Memory) -> ScheduleReport:
     """Replay a schedule and measure it.
 
     Raises:
@@ -149,7 +149,7 @@ def report(schedule: Schedule, costs: Costs, memory: Memory) -> Report:
     def bubble(time: float) -> float:
         return (time - work) / time if time else 0.0
 
-    return Report(
+    return ScheduleReport(
         span_bubble=bubble(timeline.longest_stage),
         makespan_bubble=bubble(timeline.makespan),
         steady_bubble=bubble(steady),

@@ -18,7 +18,7 @@ from phalanx.parallel.comm_meter import CommMeter, Traffic
 from phalanx.parallel.kernels.block_format import Quantization
 from phalanx.parallel.zero.config import Offload, ZeroConfig
 from phalanx.parallel.zero.partition import Extent
-from phalanx.parallel.zero.places import Place
+from phalanx.parallel.zero.places import GroupRanks
 from phalanx.parallel.zero.slices import Slices, block_format, wire_bytes
 
 Shape = tuple[int, ...]
@@ -87,7 +87,7 @@ def sent(
     units: Sequence[UnitShapes],
     config: ZeroConfig,
     formats: Formats,
-    place: Place,
+    place: GroupRanks,
     *,
     microbatches: int,
 ) -> dict[str, Traffic]:
@@ -117,7 +117,7 @@ def held(
     units: Sequence[UnitShapes],
     config: ZeroConfig,
     formats: Formats,
-    place: Place,
+    place: GroupRanks,
     *,
     microbatches: int,
     moments: MomentBytes,
@@ -143,7 +143,7 @@ def held(
     )
 
 
-def _weight_wire(unit: UnitShapes, config: ZeroConfig, formats: Formats, place: Place) -> int:
+def _weight_wire(unit: UnitShapes, config: ZeroConfig, formats: Formats, place: GroupRanks) -> int:
     """Bytes of a rank's slice of a unit's parameters, as it travels."""
     sizes = sizes_of(unit, config, place.num_slices, config.quantize_weights)
     return wire_bytes(
@@ -151,7 +151,7 @@ def _weight_wire(unit: UnitShapes, config: ZeroConfig, formats: Formats, place: 
     )
 
 
-def _kept_params(unit: UnitShapes, config: ZeroConfig, formats: Formats, place: Place) -> int:
+def _kept_params(unit: UnitShapes, config: ZeroConfig, formats: Formats, place: GroupRanks) -> int:
     kept = config.extents.params
     if kept is Extent.none:
         # With one slice, modules compute with the masters where the format is the same.
@@ -166,7 +166,7 @@ def _kept_grads(
     sizes: Slices,
     config: ZeroConfig,
     formats: Formats,
-    place: Place,
+    place: GroupRanks,
     microbatches: int,
 ) -> int:
     kept = config.extents.grads
@@ -180,7 +180,7 @@ def _kept_grads(
     return place.num_slices * sizes.numel * formats.reduce
 
 
-def _residual(sizes: Slices, config: ZeroConfig, formats: Formats, place: Place) -> int:
+def _residual(sizes: Slices, config: ZeroConfig, formats: Formats, place: GroupRanks) -> int:
     if not config.error_feedback:
         return 0
     slices = place.num_slices if len(place.local) > 1 else 0
@@ -189,7 +189,7 @@ def _residual(sizes: Slices, config: ZeroConfig, formats: Formats, place: Place)
 
 
 def _working(
-    units: Sequence[UnitShapes], config: ZeroConfig, formats: Formats, place: Place
+    units: Sequence[UnitShapes], config: ZeroConfig, formats: Formats, place: GroupRanks
 ) -> int:
     """Two units gathered, one of them still on its way, and one unit's gradients: whole, in slices
     and as they come from other ranks."""

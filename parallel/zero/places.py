@@ -11,7 +11,7 @@ from phalanx.parallel.zero.partition import Extent, data_ranks_per_node
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class GroupRanks:
     """World ranks that one rank talks to, itself among them, in order."""
 
     rank: int
@@ -31,7 +31,7 @@ class Place:
 
 def place_of(
     rank: int, degrees: Mapping[str, int], ranks_per_node: int, config: ZeroConfig
-) -> Place:
+) -> GroupRanks:
     """The place of world rank `rank`; `degrees` as ParallelConfig.sized gives them.
 
     Raises:
@@ -51,7 +51,7 @@ def place_of(
     if states is Extent.all:
         model = mine - mine % shards
         near = mine - (mine - model) % local
-        return Place(
+        return GroupRanks(
             rank=rank,
             ranks_per_node=ranks_per_node,
             across=world(*range(model + (mine - near), model + shards, local)),
@@ -60,7 +60,7 @@ def place_of(
         )
     slices = local if states is Extent.node else 1
     near = mine - mine % slices
-    return Place(
+    return GroupRanks(
         rank=rank,
         ranks_per_node=ranks_per_node,
         across=world(mine),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phalanx.bench.figures import Figure, Request, table
 from phalanx.bench.snapshot import peer_dcp, peer_torch_checkpointing, snapshot
-from phalanx.bench.snapshot.ranks import Found, Turn, loaded_wrong, take_turn
+from phalanx.bench.snapshot.ranks import SnapshotTurns, Turn, loaded_wrong, take_turn
 from phalanx.bench.snapshot.state import COMPUTING, KINDS, SLEEPING, State, make_work
 from phalanx.launch.ranks.start import launch
 from phalanx.parallel.config import ParallelConfig
@@ -54,7 +54,7 @@ def test_figures_compare_with_every_peer() -> None:
         "phalanx": [turn(0.001, 0.0, 1.01)] * 2,
         "async_save": [turn(0.1, 0.05, 1.5), turn(0.1, 0.05, 2.02)],
     }
-    found = Found(
+    found = SnapshotTurns(
         turns={SLEEPING: turns, COMPUTING: turns},
         wrong={"phalanx": 0, "async_save": 3},
         save={"phalanx": [1.0, 2.0], "dcp": [2.0, 2.0]},

@@ -12,7 +12,7 @@ from phalanx.bench.slow_network.ranks import (
     LAST,
     PEER,
     SIDES,
-    Found,
+    NetworkTurns,
     corrected,
     last_step,
     rate_for,
@@ -192,7 +192,7 @@ def test_losses_are_compared_after_what_is_timed() -> None:
 def test_slow_network_s_figures() -> None:
     config = Config(training=TrainingConfig(global_batch_size=8, seq_len=16))
     seconds = {"together": [1.0, 2.0], "fed_back": [1.0, 2.0], "plain": [2.0, 4.0], PEER: [3.0, 6]}
-    found = Found(
+    found = NetworkTurns(
         sent=dict(zip(SIDES, (10.0, 10.0, 30.0, 40.0), strict=True)),
         quick=dict.fromkeys(SIDES, 0.5),
         mbit=50.0,

@@ -30,7 +30,7 @@ class Worst:
 
 
 @dataclass(kw_only=True)
-class Report:
+class VerifyReport:
     """What `phalanx verify` found."""
 
     layout: dict[str, int]

@@ -12,7 +12,7 @@ from phalanx.parallel.zero.config import ZeroConfig
 from phalanx.train.config import Config, Defect, Precision, PrecisionConfig
 from phalanx.train.optim.config import LrConfig, LrSchedule, OptimizerName
 from phalanx.train.plan.pipeline import check_pipeline
-from phalanx.train.verify.compare import Report, compare
+from phalanx.train.verify.compare import VerifyReport, compare
 from phalanx.train.verify.record import record
 
 TOLERANCE = {Precision.fp32: 1e-5, Precision.fp64: 1e-12}
@@ -21,7 +21,7 @@ and 1e-15 in fp64; a dropped term, a wrong factor or a stale shard is larger tha
 DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 
 
-def verify(config: Config, launch: Callable[..., list[Any]], *, world_size: int) -> Report:
+def verify(config: Config, launch: Callable[..., list[Any]], *, world_size: int) -> VerifyReport:
     """Run the layout of `config` and its one-process reference, and compare every number.
 
     Args:
@@ -63,7 +63,7 @@ def verify(config: Config, launch: Callable[..., list[Any]], *, world_size: int)
             )
         worst, findings = compare(folders["reference"], folders["layout"], tolerance)
         again, more = compare(folders["reference"], folders["resumed"], tolerance)
-    return Report(
+    return VerifyReport(
         layout=layout.parallel.sized(world_size),
         resumed_layout=resumed.parallel.sized(resumed_size),
         tolerance=tolerance,

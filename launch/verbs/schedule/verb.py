@@ -23,7 +23,7 @@ from phalanx.parallel.pipeline.draw.svg import to_svg
 from phalanx.parallel.pipeline.draw.table import table
 from phalanx.parallel.pipeline.draw.trace import trace_events
 from phalanx.parallel.pipeline.files import save_schedule
-from phalanx.parallel.pipeline.simulate import Memory, Report, report
+from phalanx.parallel.pipeline.simulate import Memory, ScheduleReport, report
 
 _LIST = re.compile(r"\[\n([^\[\]{}]*)\]")
 """A list without lists in it."""
@@ -86,7 +86,7 @@ def _write(writers: dict[str, Callable[[Path], None]], outputs: dict[str, Path])
         print(f"wrote {path}", file=sys.stderr)
 
 
-def figures(case: Case, found: Report) -> dict[str, Any]:
+def figures(case: Case, found: ScheduleReport) -> dict[str, Any]:
     """What --json writes: the report, and the order of operations by rank."""
     made, costs = case.schedule, case.costs
     held = Memory.microbatches(made)
@@ -114,7 +114,7 @@ def figures(case: Case, found: Report) -> dict[str, Any]:
     }
 
 
-def _writers(case: Case, found: Report, panel: Panel) -> dict[str, Callable[[Path], None]]:
+def _writers(case: Case, found: ScheduleReport, panel: Panel) -> dict[str, Callable[[Path], None]]:
     """What writes the file of each flag."""
 
     def text(content: Callable[[], str]) -> Callable[[Path], None]:

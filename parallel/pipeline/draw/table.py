@@ -1,10 +1,10 @@
 """What a schedule costs, in a few lines for the terminal."""
 
 from phalanx.parallel.pipeline.draw.layout import Panel
-from phalanx.parallel.pipeline.simulate import Costs, Memory, Report
+from phalanx.parallel.pipeline.simulate import Costs, Memory, ScheduleReport
 
 
-def table(panel: Panel, costs: Costs, report: Report) -> str:
+def table(panel: Panel, costs: Costs, report: ScheduleReport) -> str:
     """The report, then a line for each rank.
 
     A rank's idle share is of the makespan.

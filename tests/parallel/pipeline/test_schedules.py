@@ -11,7 +11,7 @@ from phalanx.parallel.pipeline.schedules.registry import (
     make_schedule,
     placement_of,
 )
-from phalanx.parallel.pipeline.simulate import Costs, Memory, Report, report
+from phalanx.parallel.pipeline.simulate import Costs, Memory, ScheduleReport, report
 from phalanx.parallel.pipeline.validate import validate
 
 pytestmark = pytest.mark.pipeline
@@ -56,7 +56,7 @@ PEAKS = {
 }
 
 
-def measure(schedule: Schedule, f: float, b: float, w: float, hop: float = 0) -> Report:
+def measure(schedule: Schedule, f: float, b: float, w: float, hop: float = 0) -> ScheduleReport:
     """At costs of a whole rank; memory as the papers count it (2 for F, then -1 and -1)."""
     size = {"num_stages": schedule.num_stages, "chunks": schedule.chunks}
     costs = Costs.uniform(f, b, w, hop, **size)

@@ -33,7 +33,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class StepSeen:
     """What one rank saw of one step."""
 
     weights: list[Tensor]
@@ -60,13 +60,13 @@ class Bare(nn.Module):
         return torch.stack([(p * g).sum() for p, g in zip(params, grads, strict=True)]).sum()
 
 
-def work(ranks: Ranks, jobs: list[Job]) -> list[list[Found]]:
+def work(ranks: Ranks, jobs: list[Job]) -> list[list[StepSeen]]:
     """By job and step."""
     with process_group(ranks):
         return [steps(ranks, job) for job in jobs]
 
 
-def steps(ranks: Ranks, job: Job) -> list[Found]:
+def steps(ranks: Ranks, job: Job) -> list[StepSeen]:
     mesh = build_mesh(
         ParallelConfig(dp_shard=ranks.world_size),
         world_size=ranks.world_size,
@@ -86,7 +86,7 @@ def steps(ranks: Ranks, job: Job) -> list[Found]:
             sharding.before_backward(last=number + 1 == job.microbatches)
             model(mine).backward()
         found.append(
-            Found(
+            StepSeen(
                 weights=model.seen,
                 grads=[whole(master.grad) for master in masters],
                 masters_kept=all(map(same, before, map(local, masters))),

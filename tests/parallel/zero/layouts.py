@@ -121,7 +121,7 @@ def references(cases: list[Case]) -> list[Reference]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class CaseErrors:
     """What one rank found of one case."""
 
     worst: dict[str, float]
@@ -130,7 +130,7 @@ class Found:
     """Loss, and hash of all gradients' bits, by step; empty under model parallelism."""
 
 
-def compared(ranks: Ranks, cases: list[Case], references: list[Reference]) -> list[Found]:
+def compared(ranks: Ranks, cases: list[Case], references: list[Reference]) -> list[CaseErrors]:
     """Each case's steps beside one process's.
 
     Each rank compares its own part; that the parts make the whole is what the norm tells.
@@ -151,7 +151,7 @@ def compared(ranks: Ranks, cases: list[Case], references: list[Reference]) -> li
                 engine.update(gradients, LR)
             evaluation = engine.evaluate([rank_batch(engine, number=STEPS)])
             worst["evaluation"] = abs(evaluation / expected.evaluation - 1)
-            found.append(Found(worst=worst, digests=digests))
+            found.append(CaseErrors(worst=worst, digests=digests))
     return found
 
 

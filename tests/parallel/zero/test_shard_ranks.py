@@ -13,7 +13,7 @@ from phalanx.train.config import Precision, PrecisionConfig
 from tests.parallel.zero.layouts import (
     STEPS,
     Case,
-    Found,
+    CaseErrors,
     Step,
     at,
     case,
@@ -95,7 +95,7 @@ BESIDE = [
 
 def check_exact(
     run_ranks: Callable[..., list[Any]], cases: list[Case], *, world_size: int = 4
-) -> list[Found]:
+) -> list[CaseErrors]:
     """Rank 0's findings."""
     by_rank = run_ranks(compared, cases, references(cases), world_size=world_size)
     wrong = [
@@ -110,7 +110,7 @@ def check_exact(
     return by_rank[0]
 
 
-def orders(cases: list[Case], found: list[Found]) -> dict[Any, set[Any]]:
+def orders(cases: list[Case], found: list[CaseErrors]) -> dict[Any, set[Any]]:
     """Losses and gradients of points, which are to be the same to the bit where sums have one
     order.
 

@@ -63,7 +63,7 @@ CASES = {
 
 
 @dataclass(frozen=True)
-class Found:
+class Counted:
     """Of one rank and one configuration."""
 
     sent: dict[str, Traffic]
@@ -71,7 +71,7 @@ class Found:
     moments: int
 
 
-def count(ranks: Ranks, configs: list[Config]) -> list[Found]:
+def count(ranks: Ranks, configs: list[Config]) -> list[Counted]:
     """A step of each configuration; of the last, the second step."""
     found = []
     with process_group(ranks):
@@ -83,7 +83,7 @@ def count(ranks: Ranks, configs: list[Config]) -> list[Found]:
             taken = engine.mesh.meter.take()
             states = engine.optimizer.state_tensors()
             found.append(
-                Found(
+                Counted(
                     sent={kind: taken[kind] for kind in KINDS if kind in taken},
                     masters=sum(map(_nbytes, engine.model.parameters.values())),
                     moments=sum(_nbytes(t) for n, t in states.items() if ".step." not in n),
@@ -100,13 +100,13 @@ def _nbytes(tensor: Tensor) -> int:
 @pytest.mark.parametrize("name", CASES)
 def test_formulas_are_what_ranks_count(name: str, run_ranks: Callable[..., list[Any]]) -> None:
     configs = CASES[name]
-    by_rank: list[list[Found]] = run_ranks(count, configs, world_size=WORLD, nodes=NODES)
+    by_rank: list[list[Counted]] = run_ranks(count, configs, world_size=WORLD, nodes=NODES)
     for number, config in enumerate(configs):
         for rank, found in enumerate(by_rank):
             check(config, rank, found[number])
 
 
-def check(config: Config, rank: int, found: Found) -> None:
+def check(config: Config, rank: int, found: Counted) -> None:
     precision, zero = config.precision, config.zero
     formats = Formats(
         params=BYTES[precision.params],

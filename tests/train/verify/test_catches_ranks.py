@@ -12,7 +12,7 @@ from phalanx.parallel.ranks import Ranks
 from phalanx.train.config import Config, Device, LaunchConfig, TrainingConfig, VerifyConfig
 from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
-from phalanx.train.verify import Report, verify
+from phalanx.train.verify import VerifyReport, verify
 
 
 def no_decay() -> None:
@@ -84,7 +84,9 @@ def broken(ranks: Ranks, mistake: Callable[[], None], fn: Callable[..., Any], *a
     return fn(ranks, *args)
 
 
-def report_with(data: DataConfig, mistake: Callable[[], None], layout: dict[str, int]) -> Report:
+def report_with(
+    data: DataConfig, mistake: Callable[[], None], layout: dict[str, int]
+) -> VerifyReport:
     """Verify a layout whose ranks make a mistake."""
 
     def launch_broken(fn: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from phalanx.train.config import (
 )
 from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
-from phalanx.train.verify import Report
+from phalanx.train.verify import VerifyReport
 from tests.pairwise import pairwise
 from tests.train.verify.verifier import Verifier
 
@@ -62,7 +62,7 @@ def run(
     dtype: Precision = Precision.fp64,
     inject: Defect = Defect.none,
     **parallel: object,
-) -> Report:
+) -> VerifyReport:
     """Verify one layout of the small model on the test corpus."""
     layout = ParallelConfig(**{"dp_shard": 1, **parallel})  # type: ignore[arg-type]
     config = Config(

@@ -16,7 +16,7 @@ from phalanx.train.config import (
 )
 from phalanx.train.data.config import DataConfig
 from phalanx.train.model.config import ModelConfig
-from phalanx.train.verify import Report
+from phalanx.train.verify import VerifyReport
 from tests.parallel.zero.layouts import at
 from tests.train.verify.verifier import Verifier
 
@@ -64,7 +64,7 @@ def run(
     ranks_per_node: int,
     schedule: str = "1f1b",
     resume_in: dict[str, int] | None = None,
-) -> Report:
+) -> VerifyReport:
     """Verify a small model on the test corpus: two microbatches a step, or four where only four
     data-parallel ranks are."""
     parallel = ParallelConfig(**degrees)

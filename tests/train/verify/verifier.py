@@ -11,7 +11,7 @@ from typing import Any
 from phalanx.launch.ranks.start import launch
 from phalanx.parallel.pipeline.config import PipelineConfig
 from phalanx.train.config import Config, LaunchConfig
-from phalanx.train.verify import Report, verify
+from phalanx.train.verify import VerifyReport, verify
 
 
 class Verifier:
@@ -21,7 +21,7 @@ class Verifier:
         self._folder = folder
         self._known: dict[str, Path] = {}
 
-    def __call__(self, config: Config, *, world_size: int) -> Report:
+    def __call__(self, config: Config, *, world_size: int) -> VerifyReport:
         return verify(config, self._launch, world_size=world_size)
 
     def _launch(
