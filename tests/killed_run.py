@@ -162,12 +162,13 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(true: Callable[[], bool], *, within_s: float = 30.0) -> None:
-    """Until it is."""
-    deadline = time.monotonic() + within_s
+def wait_until(true: Callable[[], bool], *, within_s: float = 30.0) -> float:
+    """Seconds until it is."""
+    start = time.monotonic()
     while not true():
-        assert time.monotonic() < deadline
+        assert time.monotonic() - start < within_s
         time.sleep(0.005)
+    return time.monotonic() - start
 
 
 def snapshot_bytes(pid: int) -> dict[str, int]:

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from phalanx.checkpoint.holder.sockets import socket_path
 from phalanx.checkpoint.holder.start import find_holders, start_holder
 from phalanx.checkpoint.holder.transport import RefusedError, dial
 from tests.checkpoint.holder.nodes import Cluster, content, snapshot_memory, together
+from tests.killed_run import alive, wait_until
 
 MIB = 1 << 20
 
@@ -46,23 +46,6 @@ def who_maps(epoch: str) -> set[int]:
             if f"memfd:phalanx-{epoch}-" in (process / "maps").read_text():
                 found.add(int(process.name))
     return found
-
-
-def wait_until(true: Callable[[], bool], *, within_s: float = 10.0) -> float:
-    """Seconds until it is."""
-    start = time.monotonic()
-    while not true():
-        assert time.monotonic() - start < within_s
-        time.sleep(0.01)
-    return time.monotonic() - start
-
-
-def alive(pid: int) -> bool:
-    """Whether the process is there, and not only its remains."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_torch_free() -> None:
@@ -93,7 +76,7 @@ def test_finish_frees_everything(tmp_path: Path) -> None:
         cluster.memory.clear()
         assert who_maps(epoch) == {pid}
         client.finish()
-        wait_until(lambda: not alive(pid))
+        wait_until(lambda: not alive(pid), within_s=10)
         assert not who_maps(epoch)
         assert not socket_path(cluster.job, 0).exists()
         assert not socket_path(cluster.job, 0).with_suffix(".lock").exists()
@@ -112,7 +95,7 @@ def test_lingers_for_ranks_but_not_for_tools(tmp_path: Path) -> None:
         assert tool.inventory().pid == pid
         cluster.clients.pop(0).close()
         start = time.monotonic()
-        wait_until(lambda: not alive(pid))
+        wait_until(lambda: not alive(pid), within_s=10)
         assert time.monotonic() - start > 0.25
         with pytest.raises(HolderGone):
             tool.inventory()
@@ -124,7 +107,7 @@ def test_ends_on_sigterm(tmp_path: Path) -> None:
         cluster.open([[MIB]])
         pid = cluster.clients[0].inventory().pid
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: not alive(pid))
+        wait_until(lambda: not alive(pid), within_s=10)
         assert not socket_path(cluster.job, 0).exists()
 
 
@@ -311,7 +294,7 @@ def test_two_jobs_do_not_meet(tmp_path: Path) -> None:
         other.snapshot(0, 3)
         one_pid = one.clients[0].inventory().pid
         other.clients[0].finish()
-        wait_until(lambda: (other.job, 0) not in find_holders())
+        wait_until(lambda: (other.job, 0) not in find_holders(), within_s=10)
         assert one.clients[0].inventory().pid == one_pid
         assert one.slots(0)[0].digest == digests[0]
 
