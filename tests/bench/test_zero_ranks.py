@@ -92,7 +92,7 @@ def test_nodes_are_joined_by_a_slow_network_only() -> None:
 def test_nodes_go_when_their_maker_is_killed() -> None:
     code = (
         "import os, signal\n"
-        "from phalanx.bench import namespaces\n"
+        "from phalanx.bench.slow_network import namespaces\n"
         "with namespaces.nodes(1) as (node,):\n"
         "    print(node.path, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
