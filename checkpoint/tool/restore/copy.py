@@ -18,11 +18,11 @@ from phalanx.checkpoint.storage.base import ShortFileError
 from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.restore.journal import NAME as JOURNAL
 from phalanx.checkpoint.tool.restore.journal import begun
-from phalanx.checkpoint.tool.restore.plan import Plan, Restored
+from phalanx.checkpoint.tool.restore.plan import Restored, RestorePlan
 from phalanx.checkpoint.tool.restore.recut import THREADS
 
 
-def restore_by_files(plan: Plan) -> Restored:
+def restore_by_files(plan: RestorePlan) -> Restored:
     """Copy every file that does not stand yet, then the manifest.
 
     Raises:
@@ -62,7 +62,9 @@ def restore_by_files(plan: Plan) -> Restored:
     return Restored(stood=stood, moved=moved, manifest=plan.manifest)
 
 
-def _copy(plan: Plan, file: StoredPart | StoredParity, on_bytes: Callable[[int], None]) -> None:
+def _copy(
+    plan: RestorePlan, file: StoredPart | StoredParity, on_bytes: Callable[[int], None]
+) -> None:
     pieces = read_range(plan.source, f"{plan.folder}/{file.file}", 0, file.size)
     content = held_to(file.xxh3_64, pieces, what=file.file)
     try:
@@ -74,7 +76,7 @@ def _copy(plan: Plan, file: StoredPart | StoredParity, on_bytes: Callable[[int],
         raise BrokenCheckpointError(f"{plan.url}: {why}; {plan.advice}") from None
 
 
-def _noted(plan: Plan, journal: str) -> list[str]:
+def _noted(plan: RestorePlan, journal: str) -> list[str]:
     """Files that an earlier call has written whole."""
     if not plan.target.exists(journal):
         _note(plan, journal, [])
@@ -86,12 +88,12 @@ def _noted(plan: Plan, journal: str) -> list[str]:
     return list(begun(before, plan.facts(), folder=folder, own="files", kind=list)["files"])
 
 
-def _note(plan: Plan, journal: str, files: list[str]) -> None:
+def _note(plan: RestorePlan, journal: str, files: list[str]) -> None:
     facts = plan.facts() | {"files": files}
     plan.target.write(journal, [json.dumps(facts).encode() + b"\n"])
 
 
-def _stands(plan: Plan, file: StoredPart | StoredParity, done: list[str]) -> bool:
+def _stands(plan: RestorePlan, file: StoredPart | StoredParity, done: list[str]) -> bool:
     """Whether a file was noted and is there; storages of this kind hold whole files only."""
     if file.file not in done:
         return False

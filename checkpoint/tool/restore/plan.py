@@ -30,7 +30,7 @@ SAME = Cutting(text="")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RestorePlan:
     """What a restore is to do."""
 
     url: str
