@@ -90,12 +90,12 @@ class CheckpointManager:
         self._copying = copying
         self._chunks, self._eager_chunks = Chunks(), Chunks()
         self._snapshots: Snapshots | None = None
-        self._place: NodeHolder | None = None
+        self._node_holder: NodeHolder | None = None
         job = self._peers.agree("look for the run's name", self._read_job)[0]
         if job is not None:
-            self._place = self._place_of(job)
+            self._node_holder = self._node_holder_of(job)
         self._finder = Finder(
-            self._storage, place=self._place, peers=self._peers, report=self._report
+            self._storage, node_holder=self._node_holder, peers=self._peers, report=self._report
         )
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.monitor = Monitor(config.snapshot)
@@ -213,7 +213,7 @@ class CheckpointManager:
             self._writer.shutdown(wait=finished, cancel_futures=not finished)
             if self._snapshots is not None and finished:
                 self._snapshots.close()
-        if finished and self._place is not None:
+        if finished and self._node_holder is not None:
             self._peers.all_gather(None)  # nobody needs a holder any more
             self._finish_holder()
             self._snapshots = None
@@ -275,7 +275,7 @@ class CheckpointManager:
     def _read_job(self) -> str | None:
         return read_job(self._storage) if self._peers.rank == 0 else None
 
-    def _place_of(self, job: str) -> NodeHolder:
+    def _node_holder_of(self, job: str) -> NodeHolder:
         return NodeHolder(
             config=self._config,
             job=job,
@@ -287,20 +287,20 @@ class CheckpointManager:
     def _started(self) -> Snapshots:
         """The snapshots, set up the first time."""
         if self._snapshots is None:
-            if self._place is None:
+            if self._node_holder is None:
                 job = self._peers.agree(
                     "name the run",
                     lambda: job_name(self._storage) if self._peers.rank == 0 else "",
                 )[0]
-                self._finder.place = self._place = self._place_of(job)
-            self._snapshots = Snapshots(self._place, group=self._copying, device=self._device)
+                self._finder.node_holder = self._node_holder = self._node_holder_of(job)
+            self._snapshots = Snapshots(self._node_holder, group=self._copying, device=self._device)
             self._snapshots.on_open = self._underway.opened.append
             self._snapshots.on_lost = self._underway.lost.append
         return self._snapshots
 
     def _write(self, taking: "Future[Taken]") -> Saved | None:
         """In the writer's thread, on a node's first rank; None where it was skipped."""
-        assert self._place is not None
+        assert self._node_holder is not None
         assert self._leaders is not None
         assert self._snapshots is not None
         if isinstance(taking.exception(), StorageBusyError):
@@ -312,7 +312,7 @@ class CheckpointManager:
             return write_durable(
                 taken,
                 storage=self._storage,
-                place=self._place,
+                node_holder=self._node_holder,
                 peers=self._leaders,
                 rejected=lambda: frozenset(self._finder.rejected),
             )
@@ -320,9 +320,9 @@ class CheckpointManager:
             self._snapshots.release(taken)
 
     def _finish_holder(self) -> None:
-        if not self._node.leader or self._place is None:
+        if not self._node.leader or self._node_holder is None:
             return
-        with suppress(HolderGone), self._place.connect() as client:
+        with suppress(HolderGone), self._node_holder.connect() as client:
             client.finish()
 
     def _report(self, name: str, **facts: Any) -> None:

@@ -14,7 +14,7 @@ from phalanx.checkpoint.holder.spec import Spec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Recoverable:
     """A snapshot that can be had."""
 
     step: int
@@ -40,7 +40,7 @@ def newest(
     *,
     without: Collection[tuple[str, int]] = (),
     durable: int = -1,
-) -> tuple[Found | None, list[str]]:
+) -> tuple[Recoverable | None, list[str]]:
     """The newest snapshot that can be had, and why newer ones cannot.
 
     Args:
@@ -66,14 +66,14 @@ def newest(
         if (epoch, step) in without or step < durable:
             continue
         found = _at(inventories, specs[epoch], step=step)
-        if isinstance(found, Found):
+        if isinstance(found, Recoverable):
             return found, reasons
         if step > durable:
             reasons.append(found)
     return None, reasons
 
 
-def again(inventories: Sequence[Inventory | None], found: Found) -> Found:
+def again(inventories: Sequence[Inventory | None], found: Recoverable) -> Recoverable:
     """Where a snapshot that was found is now.
 
     Raises:
@@ -99,7 +99,7 @@ def _members(
     ]
 
 
-def _at(inventories: Sequence[Inventory | None], spec: Spec, *, step: int) -> Found | str:
+def _at(inventories: Sequence[Inventory | None], spec: Spec, *, step: int) -> Recoverable | str:
     """The snapshot of one step, or why it cannot be had."""
     where: dict[int, tuple[int, int]] = {}
     committed: SlotInventory | None = None
@@ -121,7 +121,7 @@ def _at(inventories: Sequence[Inventory | None], spec: Spec, *, step: int) -> Fo
             )
     if committed is None:
         return f"the snapshot of step {step} cannot be had: nobody is left that saw it committed"
-    return Found(
+    return Recoverable(
         step=step,
         spec=spec,
         digests=committed.digests,
@@ -131,7 +131,7 @@ def _at(inventories: Sequence[Inventory | None], spec: Spec, *, step: int) -> Fo
     )
 
 
-def new_homes(found: Found, num_nodes: int) -> dict[int, int]:
+def new_homes(found: Recoverable, num_nodes: int) -> dict[int, int]:
     """Member that is lost to the node that rebuilds it: nodes that hold least first."""
     load = [0] * num_nodes
     for node, _ in found.where.values():

@@ -10,7 +10,7 @@ from phalanx.checkpoint.errors import BrokenCheckpointError
 from phalanx.checkpoint.format.folders import complete_folders
 from phalanx.checkpoint.format.manifest import Manifest, read_manifest
 from phalanx.checkpoint.holder.of_node import NodeHolder
-from phalanx.checkpoint.load.choice import Found
+from phalanx.checkpoint.load.choice import Recoverable
 from phalanx.checkpoint.load.fit import check_fit
 from phalanx.checkpoint.load.memory import MemorySource, find, recover
 from phalanx.checkpoint.load.reshard import Moved, load
@@ -27,7 +27,7 @@ class Origin:
     """Where a state is."""
 
     step: int
-    memory: Found | None = None
+    memory: Recoverable | None = None
     folder: str | None = None
     manifest: Manifest | None = None
 
@@ -41,11 +41,11 @@ class Finder:
     """Chooses and loads; every method is collective."""
 
     def __init__(
-        self, storage: Storage, *, place: NodeHolder | None, peers: Peers, report: Report
+        self, storage: Storage, *, node_holder: NodeHolder | None, peers: Peers, report: Report
     ) -> None:
-        """`place`: of the holders; None where the run has none yet."""
+        """`node_holder`: of the holders; None where the run has none yet."""
         self._storage = storage
-        self.place = place
+        self.node_holder = node_holder
         self._peers = peers
         self._report = report
         self.rejected: set[int] = set()
@@ -106,8 +106,8 @@ class Finder:
         """
         source: Source
         if origin.memory is not None:
-            assert self.place is not None
-            source = recover(origin.memory, place=self.place, peers=self._peers)
+            assert self.node_holder is not None
+            source = recover(origin.memory, node_holder=self.node_holder, peers=self._peers)
         else:
             assert origin.folder is not None
             assert origin.manifest is not None
@@ -156,9 +156,9 @@ class Finder:
         return None
 
     def _newest_in_memory(self, durable: int) -> Origin | None:
-        if self.place is None:
+        if self.node_holder is None:
             return None
-        found, reasons = find(self.place, self._peers, without=self._lost, durable=durable)
+        found, reasons = find(self.node_holder, self._peers, without=self._lost, durable=durable)
         for reason in reasons:
             self._report("snapshot_lost", reason=reason)
             self._peers.say(reason)

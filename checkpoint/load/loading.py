@@ -49,7 +49,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Held:
+class ReadBox:
     """A box that this rank reads in the current round."""
 
     read: Read
@@ -116,8 +116,8 @@ class Loading:
 
     def _start(
         self, pool: ThreadPoolExecutor, some: Sequence[Read]
-    ) -> list[tuple[Held, Future[None]]]:
-        started: list[tuple[Held, Future[None]]] = []
+    ) -> list[tuple[ReadBox, Future[None]]]:
+        started: list[tuple[ReadBox, Future[None]]] = []
 
         def start() -> None:
             for read in some:
@@ -128,18 +128,18 @@ class Loading:
         self._try(start)  # there may be no memory
         return started
 
-    def _held(self, read: Read) -> Held:
+    def _held(self, read: Read) -> ReadBox:
         """Where a box is read to: into the tensor itself, or a buffer."""
         entry = read.located.entry
         piece = piece_for(read, self._peers.rank, self._boxes)
         if piece is not None and piece.box == entry.box:
             target = self._target(piece)
             if _takes_bytes(target, piece.dtype):
-                return Held(read, target, None)
+                return ReadBox(read, target, None)
         buffer = self._buffers.take(entry.nbytes)
-        return Held(read, typed(buffer, TORCH_TYPES[entry.info.dtype], entry.box.sizes), buffer)
+        return ReadBox(read, typed(buffer, TORCH_TYPES[entry.info.dtype], entry.box.sizes), buffer)
 
-    def _read(self, held: Held) -> None:
+    def _read(self, held: ReadBox) -> None:
         """Read a box, and put what of it this rank needs in place; runs in a thread."""
         read = held.read
         self._source.read(read.located.part, read.located.index, byte_view(held.values))
@@ -149,7 +149,7 @@ class Loading:
 
     # --- forwarding ----------------------------------------------------------------------------
 
-    def _forward(self, some: Sequence[Read], helds: Sequence[Held]) -> None:
+    def _forward(self, some: Sequence[Read], helds: Sequence[ReadBox]) -> None:
         """Exchange the pieces of a round."""
         values = {held.read.located: held.values for held in helds}
         coming: dict[int, list[Read]] = defaultdict(list)
@@ -207,7 +207,7 @@ class Loading:
             for view, piece in zip(message.views(), message.pieces, strict=True):
                 self._try(partial(self._target(piece).copy_, view))
 
-    def _return(self, helds: Iterable[Held]) -> None:
+    def _return(self, helds: Iterable[ReadBox]) -> None:
         for held in helds:
             self._give(held.buffer)
 

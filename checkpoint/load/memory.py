@@ -9,17 +9,19 @@ from phalanx.checkpoint.holder.client import HolderClient, HolderGone
 from phalanx.checkpoint.holder.inventory import Inventory
 from phalanx.checkpoint.holder.of_node import NodeHolder
 from phalanx.checkpoint.load import choice
-from phalanx.checkpoint.load.choice import Found
+from phalanx.checkpoint.load.choice import Recoverable
 from phalanx.checkpoint.peers import Peers
 
 
 class MemorySource:
     """The parts of a snapshot; each is read by the ranks of the node that holds it."""
 
-    def __init__(self, found: Found, *, place: NodeHolder, client: HolderClient | None) -> None:
+    def __init__(
+        self, found: Recoverable, *, node_holder: NodeHolder, client: HolderClient | None
+    ) -> None:
         """`client`: of this rank's node, where that holds any of it; it is this source's then."""
         self._found = found
-        self._place = place
+        self._node_holder = node_holder
         self._client = client
         self._tables = found.spec.tables()
         self._member = {
@@ -28,7 +30,7 @@ class MemorySource:
         self._memory: dict[int, memoryview] = {}
         for part, member in self._member.items():
             node, slot = found.where[member]
-            if node == place.node.number:
+            if node == node_holder.node.number:
                 assert client is not None
                 self._memory[part] = client.attach_member(found.epoch, member, part, slot)
 
@@ -38,7 +40,7 @@ class MemorySource:
 
     def near(self, part: int) -> Sequence[int]:
         """The ranks of the node whose memory it is in."""
-        return self._place.node.ranks_of(self._found.where[self._member[part]][0])
+        return self._node_holder.node.ranks_of(self._found.where[self._member[part]][0])
 
     def read(self, part: int, index: int, out: memoryview) -> None:
         """Copy an entry; the node's memory was compared with its digest before."""
@@ -54,7 +56,7 @@ class MemorySource:
         Raises:
             CheckpointError: a holder has begun to overwrite it, or is gone.
         """
-        inventories = _inventories(self._place, peers)
+        inventories = _inventories(self._node_holder, peers)
 
         def look() -> None:
             where = choice.again(inventories, self._found).where
@@ -71,27 +73,33 @@ class MemorySource:
 
 
 def find(
-    place: NodeHolder, peers: Peers, *, without: Collection[tuple[str, int]] = (), durable: int = -1
-) -> tuple[Found | None, list[str]]:
+    node_holder: NodeHolder,
+    peers: Peers,
+    *,
+    without: Collection[tuple[str, int]] = (),
+    durable: int = -1,
+) -> tuple[Recoverable | None, list[str]]:
     """The newest snapshot that the nodes' holders can give, and why newer ones cannot; collective.
 
     Nothing is read yet: see `recover`; and `choice.newest` for the arguments.
     """
-    found, reasons = choice.newest(_inventories(place, peers), without=without, durable=durable)
+    found, reasons = choice.newest(
+        _inventories(node_holder, peers), without=without, durable=durable
+    )
     if found is not None:
-        parts = _parts(found, place=place, peers=peers)
+        parts = _parts(found, node_holder=node_holder, peers=peers)
         found = replace(found, spec=replace(found.spec, parts=parts))
     return found, reasons
 
 
-def _parts(found: Found, *, place: NodeHolder, peers: Peers) -> list[Any]:
+def _parts(found: Recoverable, *, node_holder: NodeHolder, peers: Peers) -> list[Any]:
     """The tables of all ranks that took the snapshot, from one of the holders that have them."""
     first = min(node for node, _ in found.where.values())
 
     def ask() -> list[Any]:
-        if not place.node.leader or place.node.number != first:
+        if not node_holder.node.leader or node_holder.node.number != first:
             return []
-        inventory = _inventory(place)
+        inventory = _inventory(node_holder)
         if inventory is None:
             raise HolderGone("the holder has died")
         specs = {held.epoch: held.spec for held in inventory.epochs}
@@ -100,52 +108,56 @@ def _parts(found: Found, *, place: NodeHolder, peers: Peers) -> list[Any]:
         return list(specs[found.epoch].parts)
 
     answers = peers.agree("read the snapshot's tables", ask)
-    return answers[place.node.leaders[first]]
+    return answers[node_holder.node.leaders[first]]
 
 
-def _inventory(place: NodeHolder) -> Inventory | None:
+def _inventory(node_holder: NodeHolder) -> Inventory | None:
     """What this node's holder has; None where there is none, or it is just ending."""
     try:
-        with place.connect() as client:
+        with node_holder.connect() as client:
             return client.inventory()
     except HolderGone:
         return None
 
 
-def _inventories(place: NodeHolder, peers: Peers) -> list[Inventory | None]:
+def _inventories(node_holder: NodeHolder, peers: Peers) -> list[Inventory | None]:
     """What each node's holder has, by node; None where there is no holder.
 
     Without the parts' tables: of n nodes, each would tell all others those of all n.
     """
 
     def ask() -> Inventory | None:
-        inventory = _inventory(place) if place.node.leader else None
+        inventory = _inventory(node_holder) if node_holder.node.leader else None
         return None if inventory is None else inventory.without_tables()
 
     answers = peers.agree("ask the holders", ask)
-    return [answers[rank] for rank in place.node.leaders]
+    return [answers[rank] for rank in node_holder.node.leaders]
 
 
-def recover(found: Found, *, place: NodeHolder, peers: Peers) -> MemorySource:
+def recover(found: Recoverable, *, node_holder: NodeHolder, peers: Peers) -> MemorySource:
     """Make a snapshot readable: check every node's memory, rebuild what is lost; collective.
 
     Raises:
         CheckpointError: more of it is lost than parity makes up for.
     """
-    found = _without_damaged(found, place=place, peers=peers)
+    found = _without_damaged(found, node_holder=node_holder, peers=peers)
     if found.lost:
-        found = _rebuild(found, place=place, peers=peers)
+        found = _rebuild(found, node_holder=node_holder, peers=peers)
     source: list[MemorySource] = []
 
     def attach() -> None:
-        holds = any(node == place.node.number for node, _ in found.where.values())
-        source.append(MemorySource(found, place=place, client=place.connect() if holds else None))
+        holds = any(node == node_holder.node.number for node, _ in found.where.values())
+        source.append(
+            MemorySource(
+                found, node_holder=node_holder, client=node_holder.connect() if holds else None
+            )
+        )
 
     peers.agree("attach to the snapshot", attach)
     return source[0]
 
 
-def _without_damaged(found: Found, *, place: NodeHolder, peers: Peers) -> Found:
+def _without_damaged(found: Recoverable, *, node_holder: NodeHolder, peers: Peers) -> Recoverable:
     """Count members whose bytes no longer have their digest as lost.
 
     Raises:
@@ -153,18 +165,18 @@ def _without_damaged(found: Found, *, place: NodeHolder, peers: Peers) -> Found:
     """
 
     def damaged() -> list[int]:
-        mine = [m for m, (node, _) in found.where.items() if node == place.node.number]
-        if not place.node.leader or not mine:
+        mine = [m for m, (node, _) in found.where.items() if node == node_holder.node.number]
+        if not node_holder.node.leader or not mine:
             return []
-        with place.connect() as client:
+        with node_holder.connect() as client:
             return [m for m in mine if not client.verify(found.epoch, m, found.where[m][1])]
 
     bad = {m for part in peers.agree("check the snapshot", damaged) for m in part}
     if not bad:
         return found
 
-    def check() -> Found:
-        left = {m: place_ for m, place_ in found.where.items() if m not in bad}
+    def check() -> Recoverable:
+        left = {m: at for m, at in found.where.items() if m not in bad}
         lost = tuple(sorted({*found.lost, *bad}))
         for group in found.spec.groups:
             gone = [m for m in group if m in lost]
@@ -178,25 +190,25 @@ def _without_damaged(found: Found, *, place: NodeHolder, peers: Peers) -> Found:
     return peers.agree("check the snapshot", check)[0]
 
 
-def _rebuild(found: Found, *, place: NodeHolder, peers: Peers) -> Found:
+def _rebuild(found: Recoverable, *, node_holder: NodeHolder, peers: Peers) -> Recoverable:
     """Have lost members rebuilt from the rest of their groups, on the nodes that hold least."""
-    homes = choice.new_homes(found, place.node.count)
+    homes = choice.new_homes(found, node_holder.node.count)
 
     def listen() -> Any:
         """Where this node's holder, started if it was lost, is reached."""
-        if not place.node.leader:
+        if not node_holder.node.leader:
             return None
-        with place.start_holder() as client:
-            return client.listen(place.node.host)
+        with node_holder.start_holder() as client:
+            return client.listen(node_holder.node.host)
 
     answers = peers.agree("start the holders", listen)
-    address = [answers[rank] for rank in place.node.leaders]
+    address = [answers[rank] for rank in node_holder.node.leaders]
 
     def rebuild() -> None:
-        mine = [m for m, node in homes.items() if node == place.node.number]
-        if not place.node.leader or not mine:
+        mine = [m for m, node in homes.items() if node == node_holder.node.number]
+        if not node_holder.node.leader or not mine:
             return
-        with place.connect() as client:
+        with node_holder.connect() as client:
             for member in mine:
                 group = found.spec.group_of(member)
                 client.rebuild(
@@ -209,9 +221,9 @@ def _rebuild(found: Found, *, place: NodeHolder, peers: Peers) -> Found:
                 )
 
     peers.agree("rebuild the lost nodes' snapshots", rebuild)
-    inventories = _inventories(place, peers)
+    inventories = _inventories(node_holder, peers)
 
-    def look() -> Found:
+    def look() -> Recoverable:
         rebuilt = choice.again(inventories, found)
         if rebuilt.lost:
             raise ValueError(f"nodes {rebuilt.lost} were lost while others were rebuilt")

@@ -41,7 +41,7 @@ def write_durable(
     taken: Taken,
     *,
     storage: Storage,
-    place: NodeHolder,
+    node_holder: NodeHolder,
     peers: Peers,
     rejected: Callable[[], Collection[int]],
 ) -> Saved:
@@ -59,7 +59,9 @@ def write_durable(
     folder = peers.agree(
         "prepare the folder", lambda: prepare_folder(storage, taken.step) if first else ""
     )[0]
-    answers = peers.agree("write", lambda: _drain(taken, folder, storage=storage, place=place))
+    answers = peers.agree(
+        "write", lambda: _drain(taken, folder, storage=storage, node_holder=node_holder)
+    )
     parts = [StoredPart.from_json(item) for answer in answers for item in answer["parts"]]
     parity = [StoredParity.from_json(item) for answer in answers for item in answer["parity"]]
     files: list[StoredPart | StoredParity] = [*parts, *parity]
@@ -74,15 +76,15 @@ def write_durable(
             parts=parts,
             parity=parity,
             groups=taken.epoch.groups if parity else (),
-            num_parity=place.num_parity if parity else 0,
+            num_parity=node_holder.num_parity if parity else 0,
             world_size=len(taken.epoch.tables),
         )
         write_manifest(storage, folder, manifest)
         return prune(
             storage,
             saved=taken.step,
-            keep=place.config.keep,
-            keep_every=place.config.keep_every,
+            keep=node_holder.config.keep,
+            keep_every=node_holder.config.keep_every,
             rejected=rejected(),
         )
 
@@ -97,16 +99,18 @@ def write_durable(
     )
 
 
-def _drain(taken: Taken, folder: str, *, storage: Storage, place: NodeHolder) -> dict[str, Any]:
+def _drain(
+    taken: Taken, folder: str, *, storage: Storage, node_holder: NodeHolder
+) -> dict[str, Any]:
     """Have this node's holder write its files."""
-    with place.connect() as client:
+    with node_holder.connect() as client:
         return client.drain(
             taken.epoch.name,
             taken.slot,
             taken.step,
-            url=str(storage.local.absolute()) if storage.local else place.config.dir,
+            url=str(storage.local.absolute()) if storage.local else node_holder.config.dir,
             folder=folder,
-            storage=asdict(place.config.storage),
+            storage=asdict(node_holder.config.storage),
         )
 
 

@@ -71,7 +71,7 @@ class Epoch:
 
 
 def open_epoch(
-    chunks: Mapping[str, Chunk], *, place: NodeHolder, peers: Peers, copier: Copier
+    chunks: Mapping[str, Chunk], *, node_holder: NodeHolder, peers: Peers, copier: Copier
 ) -> Epoch:
     """Set up all holders for snapshots of `chunks`; collective.
 
@@ -79,10 +79,10 @@ def open_epoch(
         CheckpointError: on every rank, where one node has too little memory or no holder.
         ValueError: the nodes cannot be protected as asked.
     """
-    node = place.node
+    node = node_holder.node
     tables = share(chunks, peers=peers)
     groups, warnings = make_groups(
-        node.racks, parity=place.num_parity, group_size=place.config.snapshot.group_size
+        node.racks, parity=node_holder.num_parity, group_size=node_holder.config.snapshot.group_size
     )
 
     held: list[int] = []
@@ -92,7 +92,7 @@ def open_epoch(
         if node.leader:
             needed = sum(tables[rank].nbytes for rank in node.ranks_of(node.number))
             group = next(group for group in groups if node.number in group)
-            address = _start(needed, place=place, num_nodes=len(group), held=held)
+            address = _start(needed, node_holder=node_holder, num_nodes=len(group), held=held)
         return secrets.token_hex(8), secrets.token_hex(32), address
 
     answers = peers.agree("start the snapshots' holders", start)
@@ -100,8 +100,8 @@ def open_epoch(
     spec = Spec(
         epoch=name,
         token=token,
-        parity=place.num_parity,
-        num_slots=place.slots,
+        parity=node_holder.num_parity,
+        num_slots=node_holder.slots,
         groups=tuple(groups),
         addresses=tuple(answers[leader][2] for leader in node.leaders),
         ranks=tuple(tuple(node.ranks_of(number)) for number in range(node.count)),
@@ -111,15 +111,17 @@ def open_epoch(
     def open_here() -> None:
         if node.leader:
             # What was held before goes with the first commit; the second generation comes then.
-            populate = 1 if held[0] else place.populated
-            with place.connect() as client:
+            populate = 1 if held[0] else node_holder.populated
+            with node_holder.connect() as client:
                 client.open(spec, member=node.number, populate=populate)
 
     peers.agree("reserve memory for snapshots", open_here)
     attached: list[tuple[HolderClient, list[memoryview]]] = []
     peers.agree(
         "attach to the snapshots' memory",
-        partial(_attach, attached, place=place, epoch=name, rank=peers.rank, copier=copier),
+        partial(
+            _attach, attached, node_holder=node_holder, epoch=name, rank=peers.rank, copier=copier
+        ),
     )
     client, memory = attached[0]
     return Epoch(
@@ -134,17 +136,19 @@ def open_epoch(
     )
 
 
-def _start(nbytes: int, *, place: NodeHolder, num_nodes: int, held: list[int]) -> Address | None:
+def _start(
+    nbytes: int, *, node_holder: NodeHolder, num_nodes: int, held: list[int]
+) -> Address | None:
     """Start this node's holder; its address where it has to do with others. Adds to `held` the
     bytes that it has taken for an earlier start: what was never taken is free already."""
-    with place.start_holder() as client:
-        _check_unused(client, place)
+    with node_holder.start_holder() as client:
+        _check_unused(client, node_holder)
         held.append(client.inventory().taken)
-        check_host_memory(nbytes, place=place, num_nodes=num_nodes, held=held[0])
-        return client.listen(place.node.host) if place.num_parity else None
+        check_host_memory(nbytes, node_holder=node_holder, num_nodes=num_nodes, held=held[0])
+        return client.listen(node_holder.node.host) if node_holder.num_parity else None
 
 
-def _check_unused(client: HolderClient, place: NodeHolder) -> None:
+def _check_unused(client: HolderClient, node_holder: NodeHolder) -> None:
     """Wait until the ranks of the start before are gone; they may just be dying.
 
     Raises:
@@ -154,9 +158,9 @@ def _check_unused(client: HolderClient, place: NodeHolder) -> None:
     while ranks := sorted({r for epoch in client.inventory().epochs for r in epoch.attached}):
         if time.monotonic() > deadline:
             raise ValueError(
-                f"checkpoint.dir={place.config.dir}: another start of this run is alive on node "
-                f"{place.node.number} (ranks {', '.join(map(str, ranks))}); end it first, or "
-                "choose another run.dir"
+                f"checkpoint.dir={node_holder.config.dir}: another start of this run is alive on "
+                f"node {node_holder.node.number} (ranks {', '.join(map(str, ranks))}); end it "
+                "first, or choose another run.dir"
             )
         time.sleep(0.05)
 
@@ -164,12 +168,12 @@ def _check_unused(client: HolderClient, place: NodeHolder) -> None:
 def _attach(
     attached: list[tuple[HolderClient, list[memoryview]]],
     *,
-    place: NodeHolder,
+    node_holder: NodeHolder,
     epoch: str,
     rank: int,
     copier: Copier,
 ) -> None:
-    client = place.connect()
+    client = node_holder.connect()
     memory = client.attach(epoch, rank)
     copier.unpin()
     attached.append((client, memory))

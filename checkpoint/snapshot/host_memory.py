@@ -4,7 +4,7 @@ from phalanx.checkpoint.holder.memory import GIB, available_bytes
 from phalanx.checkpoint.holder.of_node import NodeHolder
 
 
-def check_host_memory(nbytes: int, *, place: NodeHolder, num_nodes: int, held: int) -> None:
+def check_host_memory(nbytes: int, *, node_holder: NodeHolder, num_nodes: int, held: int) -> None:
     """Compare what this machine's snapshots will take with what is free.
 
     Args:
@@ -15,10 +15,10 @@ def check_host_memory(nbytes: int, *, place: NodeHolder, num_nodes: int, held: i
     Raises:
         ValueError: it is too little; says how much is needed.
     """
-    node, config, snapshot = place.node, place.config, place.config.snapshot
-    factor = num_nodes / (num_nodes - place.num_parity)
+    node, config, snapshot = node_holder.node, node_holder.config, node_holder.config.snapshot
+    factor = num_nodes / (num_nodes - node_holder.num_parity)
     same_machine = node.same_machine
-    needed = int(nbytes * factor * place.slots) * same_machine
+    needed = int(nbytes * factor * node_holder.slots) * same_machine
     free = available_bytes() + held * same_machine
     if needed <= free:
         return
@@ -30,6 +30,6 @@ def check_host_memory(nbytes: int, *, place: NodeHolder, num_nodes: int, held: i
     )
     raise ValueError(
         f"{setting}: {needed / GIB:.2f} GiB of host memory are needed{nodes} "
-        f"({place.slots} generations of {nbytes * factor / GIB:.2f} GiB), but {free / GIB:.2f} GiB "
-        "are free; use more nodes, less parity, or zero.partition.states=all"
+        f"({node_holder.slots} generations of {nbytes * factor / GIB:.2f} GiB), but "
+        f"{free / GIB:.2f} GiB are free; use more nodes, less parity, or zero.partition.states=all"
     )

@@ -14,11 +14,11 @@ from phalanx.checkpoint.format.coverage import uncovered_by
 from phalanx.checkpoint.format.table import PartTable, lay_out
 from phalanx.checkpoint.peers import Peers
 
-Held = dict[str, tuple[TensorInfo, Box]]
+RankBoxes = dict[str, tuple[TensorInfo, Box]]
 """The box that a rank has of each tensor."""
 
 
-def held_boxes(chunks: Mapping[str, Chunk]) -> Held:
+def held_boxes(chunks: Mapping[str, Chunk]) -> RankBoxes:
     """The chunks as boxes."""
     return {name: (chunk.info, chunk.box) for name, chunk in chunks.items()}
 
@@ -38,7 +38,7 @@ def share(chunks: Mapping[str, Chunk], *, peers: Peers) -> list[PartTable]:
     return tables
 
 
-def assign(held: Sequence[Held]) -> list[PartTable]:
+def assign(held: Sequence[RankBoxes]) -> list[PartTable]:
     """The part of every rank that holds `held[rank]`.
 
     Raises:

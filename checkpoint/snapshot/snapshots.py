@@ -30,10 +30,10 @@ class Snapshots:
     """Takes snapshots of one rank; every method but `before_update` and `release` is collective."""
 
     def __init__(
-        self, place: NodeHolder, *, group: dist.ProcessGroup, device: torch.device
+        self, node_holder: NodeHolder, *, group: dist.ProcessGroup, device: torch.device
     ) -> None:
         """`group`: a gloo group of all ranks that nothing else uses."""
-        self._place = place
+        self._node_holder = node_holder
         self._peers = Peers(group)
         self._device = device
         self._copier = Copier(device)
@@ -149,7 +149,9 @@ class Snapshots:
         if self._epoch is not None:
             self._epoch.close()
             self._epoch = None
-        epoch = open_epoch(chunks, place=self._place, peers=self._peers, copier=self._copier)
+        epoch = open_epoch(
+            chunks, node_holder=self._node_holder, peers=self._peers, copier=self._copier
+        )
         self._epoch, self._broken = epoch, False
         self.on_open(epoch)
         return epoch
@@ -164,7 +166,7 @@ class Snapshots:
                 epoch = self._open(chunks) if anew else self._epoch
                 assert epoch is not None
                 taken = self._newest = self._take(request, chunks, epoch, slot)
-            if taken.durable and self._place.node.leader:
+            if taken.durable and self._node_holder.node.leader:
                 with self._freed:
                     self._pinned.append((taken.epoch.name, taken.slot))
             return taken
@@ -206,7 +208,7 @@ class Snapshots:
             request.durable = False
         if lost:
             self.on_lost(step)
-        if not anew and (slot == self._place.slots or (busy and self._place.slots < 3)):
+        if not anew and (slot == self._node_holder.slots or (busy and self._node_holder.slots < 3)):
             raise StorageBusyError(f"step {step}: storage has not yet written the one before")
         return chunks, bool(anew), slot
 
@@ -215,7 +217,7 @@ class Snapshots:
         the number behind the last where there is none and that is not to be waited for. Rank 0
         decides for all."""
         assert self._epoch is not None
-        slots, newest = self._place.slots, self._newest
+        slots, newest = self._node_holder.slots, self._newest
         with self._freed:
             while True:
                 used = {slot for name, slot in self._pinned if name == self._epoch.name}
@@ -230,7 +232,7 @@ class Snapshots:
         self, request: Request, chunks: Mapping[str, Chunk], epoch: Epoch, slot: int
     ) -> Taken:
         """Copy, protect, commit."""
-        what, node = f"snapshot of step {request.step}", self._place.node
+        what, node = f"snapshot of step {request.step}", self._node_holder.node
         work: dict[str, Any] = {"encode_s": 0.0, "sent_s": 0.0, "sent_bytes": 0}
         copied = protected = 0.0
 

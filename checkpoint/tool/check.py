@@ -16,21 +16,21 @@ from phalanx.checkpoint.format.manifest import BACKUP, Manifest, read_manifest
 from phalanx.checkpoint.format.manifest import NAME as MANIFEST
 from phalanx.checkpoint.storage.base import REMOVE, NotAFileError, Storage
 from phalanx.checkpoint.storage.metered import Metered
-from phalanx.checkpoint.tool.places import Place, step_of
+from phalanx.checkpoint.tool.places import CheckpointPlace, step_of
 from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.reading import Reader
 from phalanx.checkpoint.tool.repair.repair import MENDED, Checked, find_ways, mend
-from phalanx.checkpoint.tool.report import Report, plural, size
+from phalanx.checkpoint.tool.report import Outcome, plural, size
 from phalanx.checkpoint.tool.state import BROKEN, COMPLETE, NO_FOLDER, RESTORING, UNFINISHED, look
 
 
 def verify(
-    place: Place,
+    place: CheckpointPlace,
     *,
     step: int | None = None,
     repair: bool = False,
-    other: Place | None = None,
-) -> Report:
+    other: CheckpointPlace | None = None,
+) -> Outcome:
     """Check one checkpoint, or all of a folder; what is unfinished counts only where it was named.
 
     Args:
@@ -58,7 +58,7 @@ def verify(
     ]
     if not found:
         lines.append(f"{place.storage.url}: no checkpoints yet")
-    return Report(
+    return Outcome(
         lines=lines,
         content={
             "url": place.storage.url,
@@ -175,7 +175,7 @@ def _check(storage: Storage, folder: str, manifest: Manifest) -> Checked:
     return Checked(folder=folder, state=state, reason=gap, faults=faults, manifest=manifest)
 
 
-def _copy_of(folder: str, other: Place) -> Reader | None:
+def _copy_of(folder: str, other: CheckpointPlace) -> Reader | None:
     """What `other` has of the same step."""
     step = step_of(folder)
     fitting = [name for name in other.folders() if step in (-1, step_of(name))]
@@ -185,7 +185,7 @@ def _copy_of(folder: str, other: Place) -> Reader | None:
     return None
 
 
-def _lines(place: Place, item: Checked, *, repair: bool) -> list[str]:
+def _lines(place: CheckpointPlace, item: Checked, *, repair: bool) -> list[str]:
     url = place.url(item.folder)
     if item.state == COMPLETE:
         assert item.manifest is not None

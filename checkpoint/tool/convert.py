@@ -4,9 +4,9 @@ from pathlib import Path
 
 from phalanx.checkpoint.dcp.convert import from_dcp, to_dcp
 from phalanx.checkpoint.storage.base import Storage
-from phalanx.checkpoint.tool.places import Place
+from phalanx.checkpoint.tool.places import CheckpointPlace
 from phalanx.checkpoint.tool.progress import byte_bar
-from phalanx.checkpoint.tool.report import Report, plural, size
+from phalanx.checkpoint.tool.report import Outcome, plural, size
 
 METADATA = ".metadata"
 """What makes a folder one of torch.distributed.checkpoint's."""
@@ -17,7 +17,7 @@ def is_dcp(folder: Path) -> bool:
     return (folder / METADATA).is_file()
 
 
-def convert_from_dcp(source: Path, target: Storage, *, step: int | None) -> Report:
+def convert_from_dcp(source: Path, target: Storage, *, step: int | None) -> Outcome:
     """Make a checkpoint of a DCP folder.
 
     Raises:
@@ -37,10 +37,10 @@ def convert_from_dcp(source: Path, target: Storage, *, step: int | None) -> Repo
         "bytes": found.bytes,
         "skipped": found.skipped,
     }
-    return Report(lines=lines, content=content)
+    return Outcome(lines=lines, content=content)
 
 
-def convert_to_dcp(source: Place, target: Path, *, step: int | None) -> Report:
+def convert_to_dcp(source: CheckpointPlace, target: Path, *, step: int | None) -> Outcome:
     """Make a DCP folder of a checkpoint, which dcp.load reads.
 
     Raises:
@@ -56,4 +56,4 @@ def convert_to_dcp(source: Place, target: Path, *, step: int | None) -> Report:
     count = len({entry.name for part in manifest.parts for entry in part.table.entries})
     lines = [f"wrote {target}: step {manifest.step}, {plural(count, 'tensor')}, {size(total)}"]
     content = {"target": str(target), "step": manifest.step, "bytes": total}
-    return Report(lines=lines, content=content)
+    return Outcome(lines=lines, content=content)

@@ -7,17 +7,17 @@ import numpy as np
 
 from phalanx.checkpoint.boxes import ITEM_BYTES, TensorInfo, whole
 from phalanx.checkpoint.format.manifest import Manifest
-from phalanx.checkpoint.tool.places import Place
+from phalanx.checkpoint.tool.places import CheckpointPlace
 from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.reading import Array, Reader, tensors_of
-from phalanx.checkpoint.tool.report import Report, columns, plural
+from phalanx.checkpoint.tool.report import Outcome, columns, plural
 from phalanx.checkpoint.tool.show import shards_of
 from phalanx.checkpoint.tool.state import wrong_files
 
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
 
-def diff(a: Place, b: Place, *, step: int | None = None) -> Report:
+def diff(a: CheckpointPlace, b: CheckpointPlace, *, step: int | None = None) -> Outcome:
     """Compare tensors bit by bit, and what the savers told about themselves.
 
     Tensors that are cut alike are compared by their checksums; of others, contents are read. Files
@@ -54,7 +54,7 @@ def diff(a: Place, b: Place, *, step: int | None = None) -> Report:
         "equal": same,
         "wrong_files": wrong,
     }
-    return Report(lines=lines, content=content, fine=not tensors and not wrong)
+    return Outcome(lines=lines, content=content, fine=not tensors and not wrong)
 
 
 def _settings(a: Manifest, b: Manifest) -> Iterator[tuple[str, Any, Any]]:
@@ -78,7 +78,9 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _tensors(
-    places: tuple[Place, Place], folders: tuple[str, str], manifests: tuple[Manifest, Manifest]
+    places: tuple[CheckpointPlace, CheckpointPlace],
+    folders: tuple[str, str],
+    manifests: tuple[Manifest, Manifest],
 ) -> Iterator[tuple[str, str]]:
     """Names of tensors that differ, and how."""
     infos = [tensors_of(manifest) for manifest in manifests]

@@ -6,14 +6,14 @@ step may be a save that runs right now, and a restore can go on: both stay.
 """
 
 from phalanx.checkpoint.format.folders import remove_folder
-from phalanx.checkpoint.tool.places import Place
-from phalanx.checkpoint.tool.report import Report, columns, plural
+from phalanx.checkpoint.tool.places import CheckpointPlace
+from phalanx.checkpoint.tool.report import Outcome, columns, plural
 from phalanx.checkpoint.tool.state import BROKEN, COMPLETE, RESTORING, Listed, look
 
 
 def gc(
-    place: Place, *, keep: int | None = None, keep_every: int = 0, dry_run: bool = False
-) -> Report:
+    place: CheckpointPlace, *, keep: int | None = None, keep_every: int = 0, dry_run: bool = False
+) -> Outcome:
     """Delete leftovers, and complete checkpoints but the newest `keep` (None = all of them stay).
 
     Step 0 (imported weights), multiples of `keep_every` and broken checkpoints, which a repair may
@@ -49,7 +49,7 @@ def gc(
         ],
         "problems": problems,
     }
-    return Report(lines=lines, content=content, fine=not problems)
+    return Outcome(lines=lines, content=content, fine=not problems)
 
 
 def _judge(

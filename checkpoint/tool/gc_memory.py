@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from phalanx.checkpoint.holder.client import HolderClient, HolderError, HolderGone, HolderSilent
 from phalanx.checkpoint.tool.holders import PATIENCE_S, Asked, Holder, holders
-from phalanx.checkpoint.tool.places import Place
-from phalanx.checkpoint.tool.report import Report, columns, plural, size
+from phalanx.checkpoint.tool.places import CheckpointPlace
+from phalanx.checkpoint.tool.report import Outcome, columns, plural, size
 
 QUIET_S = 30.0
 """Seconds without a rank after which a run counts as gone."""
@@ -27,7 +27,7 @@ class _Item:
     """Why it stays."""
 
 
-def gc_memory(place: Place, *, dry_run: bool = False) -> Report:
+def gc_memory(place: CheckpointPlace, *, dry_run: bool = False) -> Outcome:
     """End the holders of a place's run on this machine; what they hold is lost.
 
     Not fine: the run is in use, or a holder does not answer.
@@ -49,7 +49,7 @@ def gc_memory(place: Place, *, dry_run: bool = False) -> Report:
         if item.kept is None and not dry_run:
             item.kept = _end(item.holder)
             _spread(item, why)
-    return _report(place, items, asked, dry_run=dry_run)
+    return _outcome(place, items, asked, dry_run=dry_run)
 
 
 def _spread(item: _Item, why: dict[str, str]) -> None:
@@ -92,7 +92,7 @@ def _unknown(asked: Asked) -> list[str]:
     return lines + [f"    {other}" for other in sorted(asked.others)]
 
 
-def _report(place: Place, items: list[_Item], asked: Asked, *, dry_run: bool) -> Report:
+def _outcome(place: CheckpointPlace, items: list[_Item], asked: Asked, *, dry_run: bool) -> Outcome:
     verb = "would end" if dry_run else "ended"
     silent = [silent.text for silent in asked.silent]
     rows = [
@@ -129,4 +129,4 @@ def _report(place: Place, items: list[_Item], asked: Asked, *, dry_run: bool) ->
         "silent": silent,
         "others": sorted(asked.others),
     }
-    return Report(lines=lines, content=content, fine=len(gone) == len(items) and not silent)
+    return Outcome(lines=lines, content=content, fine=len(gone) == len(items) and not silent)

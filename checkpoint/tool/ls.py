@@ -4,9 +4,9 @@ Of files only the sizes are looked at; contents are `verify`'s.
 """
 
 from phalanx.checkpoint.tool.holders import InMemory, in_memory
-from phalanx.checkpoint.tool.places import Place
+from phalanx.checkpoint.tool.places import CheckpointPlace
 from phalanx.checkpoint.tool.report import (
-    Report,
+    Outcome,
     age,
     columns,
     layout_of,
@@ -17,7 +17,7 @@ from phalanx.checkpoint.tool.report import (
 from phalanx.checkpoint.tool.state import BROKEN, Listed, look
 
 
-def ls(place: Place | None) -> Report:
+def ls(place: CheckpointPlace | None) -> Outcome:
     """What stands at a place, and what holders here have of its run; without a place, of all runs.
 
     Not fine: a checkpoint is broken, or a holder does not answer.
@@ -38,7 +38,7 @@ def ls(place: Place | None) -> Report:
     elif place is None and not silent:
         lines.append("no snapshot in this machine's memory")
     lines += silent
-    return Report(
+    return Outcome(
         lines=lines,
         content={
             "url": None if place is None else place.storage.url,

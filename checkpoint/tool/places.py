@@ -16,7 +16,7 @@ INSIDE_RUN = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class CheckpointPlace:
     """A folder of checkpoints, or one in it."""
 
     storage: Storage
@@ -74,7 +74,7 @@ class Place:
         return [name for _, name in step_folders(self.storage)]
 
 
-def find(text: str, config: StorageConfig | None = None) -> Place:
+def find(text: str, config: StorageConfig | None = None) -> CheckpointPlace:
     """Look where `text` points.
 
     Raises:
@@ -87,11 +87,11 @@ def find(text: str, config: StorageConfig | None = None) -> Place:
         storage = open_storage(parent, config)
         if not _names(storage, name, text):
             raise ValueError(f"{text}: no such folder, or an empty one")
-        return Place(storage=storage, folder=name, text=text)
+        return CheckpointPlace(storage=storage, folder=name, text=text)
     storage = open_storage(text, config)
     names = _names(storage, "", text)
     if MANIFEST in names:
-        return Place(storage=open_storage(parent, config), folder=name, text=text)
+        return CheckpointPlace(storage=open_storage(parent, config), folder=name, text=text)
     if INSIDE_RUN in names and not _holds_checkpoints(names):
         storage = open_storage(f"{text}/{INSIDE_RUN}", config)
         names = storage.names()
@@ -101,7 +101,7 @@ def find(text: str, config: StorageConfig | None = None) -> Place:
             f"{text}: {what}; give a run's folder, a folder of step_... folders, one of these, or "
             "a URL of such, as s3://bucket/run/checkpoints"
         )
-    return Place(storage=storage, folder=None, text=text)
+    return CheckpointPlace(storage=storage, folder=None, text=text)
 
 
 def _names(storage: Storage, folder: str, text: str) -> list[str]:

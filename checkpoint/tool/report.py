@@ -11,7 +11,7 @@ _UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Outcome:
     """The outcome of an action."""
 
     lines: list[str] = field(default_factory=list)

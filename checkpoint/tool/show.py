@@ -9,9 +9,9 @@ from phalanx.checkpoint.boxes import ITEM_BYTES, Box
 from phalanx.checkpoint.format.manifest import Manifest
 from phalanx.checkpoint.format.stored import StoredPart
 from phalanx.checkpoint.format.table import Entry
-from phalanx.checkpoint.tool.places import Place
+from phalanx.checkpoint.tool.places import CheckpointPlace
 from phalanx.checkpoint.tool.report import (
-    Report,
+    Outcome,
     age,
     columns,
     layout_of,
@@ -27,12 +27,12 @@ Shards = dict[str, list[tuple[StoredPart, Entry, str]]]
 
 
 def show(
-    place: Place,
+    place: CheckpointPlace,
     *,
     step: int | None = None,
     patterns: Iterable[str] = (),
     shards: bool = False,
-) -> Report:
+) -> Outcome:
     """Tensors of one checkpoint, and which of its files are missing or of a wrong size.
 
     Args:
@@ -76,7 +76,7 @@ def show(
         "tensors": [_tensor(name, pieces) for name, pieces in found.items()],
         "wrong_files": [{"file": file, "reason": why} for file, why in wrong.items()],
     }
-    return Report(lines=lines, content=content, fine=not wrong)
+    return Outcome(lines=lines, content=content, fine=not wrong)
 
 
 def shards_of(manifest: Manifest) -> Shards:

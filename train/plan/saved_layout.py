@@ -21,7 +21,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from phalanx.checkpoint.boxes import Box, TensorInfo, whole
 from phalanx.checkpoint.chunks import sizes_and_offsets
-from phalanx.checkpoint.snapshot.shares import Held
+from phalanx.checkpoint.snapshot.shares import RankBoxes
 from phalanx.parallel.pipeline.files import load_schedule
 from phalanx.parallel.pipeline.schedules.registry import placement_of
 from phalanx.parallel.zero.places import place_of
@@ -79,7 +79,7 @@ def layout_config(meta: Mapping[str, Any], wanted: Mapping[str, str]) -> Config:
     return config
 
 
-def held_by_ranks(config: Config, tensors: Mapping[str, TensorInfo]) -> list[Held]:
+def held_by_ranks(config: Config, tensors: Mapping[str, TensorInfo]) -> list[RankBoxes]:
     """The box that each rank holds of each tensor.
 
     Parameters and optimizer states follow the model; what else is there (random states, roundings
@@ -95,7 +95,7 @@ def held_by_ranks(config: Config, tensors: Mapping[str, TensorInfo]) -> list[Hel
         per_node = world
     config.check_nodes(world, per_node)
     stages, placement = _stages(config)
-    held: list[Held] = [{} for _ in range(world)]
+    held: list[RankBoxes] = [{} for _ in range(world)]
     for rank in range(world):
         place = place_of(rank, degrees, per_node, config.zero)
         slice_index = place.across.index(rank) * len(place.local) + place.local.index(rank)

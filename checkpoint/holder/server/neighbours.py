@@ -24,7 +24,7 @@ BACKLOG = 256
 logger = logging.getLogger(__name__)
 
 
-class Held(Protocol):
+class HeldEpochs(Protocol):
     """What this holder has, as far as others may ask for it."""
 
     def tokens(self) -> dict[str, str]:
@@ -40,7 +40,7 @@ class Held(Protocol):
 class Neighbours:
     """Listens on TCP, where the job has several nodes; lets in who has an epoch's token."""
 
-    def __init__(self, service: Held) -> None:
+    def __init__(self, service: HeldEpochs) -> None:
         self._service = service
         self._listening: socket.socket | None = None
         self._host = ""

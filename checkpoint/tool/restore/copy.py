@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
 
 from phalanx.checkpoint.errors import BrokenCheckpointError
 from phalanx.checkpoint.format.checksums import check_file, held_to, read_range
@@ -17,12 +17,12 @@ from phalanx.checkpoint.format.stored import StoredParity, StoredPart
 from phalanx.checkpoint.storage.base import ShortFileError
 from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.restore.journal import NAME as JOURNAL
-from phalanx.checkpoint.tool.restore.journal import VERSION
-from phalanx.checkpoint.tool.restore.plan import Plan, Restored
+from phalanx.checkpoint.tool.restore.journal import begun
+from phalanx.checkpoint.tool.restore.plan import Restored, RestorePlan
 from phalanx.checkpoint.tool.restore.recut import THREADS
 
 
-def restore_by_files(plan: Plan) -> Restored:
+def restore_by_files(plan: RestorePlan) -> Restored:
     """Copy every file that does not stand yet, then the manifest.
 
     Raises:
@@ -62,7 +62,9 @@ def restore_by_files(plan: Plan) -> Restored:
     return Restored(stood=stood, moved=moved, manifest=plan.manifest)
 
 
-def _copy(plan: Plan, file: StoredPart | StoredParity, on_bytes: Callable[[int], None]) -> None:
+def _copy(
+    plan: RestorePlan, file: StoredPart | StoredParity, on_bytes: Callable[[int], None]
+) -> None:
     pieces = read_range(plan.source, f"{plan.folder}/{file.file}", 0, file.size)
     content = held_to(file.xxh3_64, pieces, what=file.file)
     try:
@@ -74,33 +76,24 @@ def _copy(plan: Plan, file: StoredPart | StoredParity, on_bytes: Callable[[int],
         raise BrokenCheckpointError(f"{plan.url}: {why}; {plan.advice}") from None
 
 
-def _noted(plan: Plan, journal: str) -> list[str]:
+def _noted(plan: RestorePlan, journal: str) -> list[str]:
     """Files that an earlier call has written whole."""
-    facts = plan.facts() | {"journal": VERSION}
     if not plan.target.exists(journal):
         _note(plan, journal, [])
         return []
-    try:
-        before: dict[str, Any] = json.loads(plan.target.read(journal))
-    except ValueError:
-        raise BrokenCheckpointError(
-            f"{plan.target.url}/{journal} cannot be read; delete that folder and start anew"
-        ) from None
-    for key, value in facts.items():
-        if before.get(key) != value:
-            raise ValueError(
-                f"{plan.target.url}/{plan.name}: a restore with {key}={before.get(key)!r} goes on "
-                f"here, not one with {key}={value!r}; give the same arguments, or delete the folder"
-            )
-    return list(before["files"])
+    before: object = None
+    with suppress(ValueError):
+        before = json.loads(plan.target.read(journal))
+    folder = f"{plan.target.url}/{plan.name}"
+    return list(begun(before, plan.facts(), folder=folder, own="files", kind=list)["files"])
 
 
-def _note(plan: Plan, journal: str, files: list[str]) -> None:
-    facts = plan.facts() | {"journal": VERSION, "files": files}
+def _note(plan: RestorePlan, journal: str, files: list[str]) -> None:
+    facts = plan.facts() | {"files": files}
     plan.target.write(journal, [json.dumps(facts).encode() + b"\n"])
 
 
-def _stands(plan: Plan, file: StoredPart | StoredParity, done: list[str]) -> bool:
+def _stands(plan: RestorePlan, file: StoredPart | StoredParity, done: list[str]) -> bool:
     """Whether a file was noted and is there; storages of this kind hold whole files only."""
     if file.file not in done:
         return False

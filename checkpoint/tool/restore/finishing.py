@@ -6,13 +6,13 @@ from phalanx.checkpoint.errors import BrokenCheckpointError
 from phalanx.checkpoint.format.checksums import digest_range
 from phalanx.checkpoint.format.stored import StoredPart
 from phalanx.checkpoint.tool.progress import byte_bar
-from phalanx.checkpoint.tool.restore.plan import Plan
+from phalanx.checkpoint.tool.restore.plan import RestorePlan
 from phalanx.checkpoint.tool.restore.units import Stream
 
 READ_BYTES = 8 << 20
 
 
-def check_targets(plan: Plan, targets: list[Stream]) -> list[StoredPart]:
+def check_targets(plan: RestorePlan, targets: list[Stream]) -> list[StoredPart]:
     """Checksums of the files as they lie in the target.
 
     Raises:
@@ -38,7 +38,7 @@ def check_targets(plan: Plan, targets: list[Stream]) -> list[StoredPart]:
     return parts
 
 
-def _stored(plan: Plan, rank: int, target: Stream, path: str) -> StoredPart:
+def _stored(plan: RestorePlan, rank: int, target: Stream, path: str) -> StoredPart:
     """A new file's line in the manifest, by one reading."""
     header = bytearray(len(target.header))
     plan.target.read_into(path, 0, memoryview(header))

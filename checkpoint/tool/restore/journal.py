@@ -22,8 +22,8 @@ class Journal:
     """The journal of one restore, held by one process at a time.
 
     Args:
-        facts: what must be the same whenever the restore goes on; `unit_bytes` is kept as it was
-            at the beginning.
+        facts: what must be the same whenever the restore goes on, see `begun`; `unit_bytes` is
+            kept as it was at the beginning.
 
     Raises:
         ValueError: another restore is at work here, or began here with other facts.
@@ -39,7 +39,7 @@ class Journal:
         except BlockingIOError:
             os.close(self._file)
             raise ValueError(f"{path.parent}: another restore is at work here") from None
-        self.facts = {"journal": VERSION} | dict(facts)
+        self.facts = dict(facts)
         self.done: dict[int, str] = {}
         """Checksums of units that stand, by number."""
         try:
@@ -47,7 +47,7 @@ class Journal:
             if not lines:
                 self._append(self.facts)
                 return
-            self._check(lines[0])
+            self.facts = begun(lines[0], facts, folder=str(path.parent), own="unit_bytes", kind=int)
         except BaseException:
             self.close()
             raise
@@ -93,15 +93,29 @@ class Journal:
         os.ftruncate(self._file, length)
         return lines
 
-    def _check(self, before: dict[str, Any]) -> None:
-        now, self.facts = self.facts, before
-        if not isinstance(before.get("unit_bytes"), int):
-            raise BrokenCheckpointError(
-                f"{self._path}: is damaged; delete its folder, and start anew"
+
+def begun(
+    before: object, facts: Mapping[str, Any], *, folder: str, own: str, kind: type
+) -> dict[str, Any]:
+    """What a journal says of the restore that began in `folder`, as it must be this one.
+
+    Args:
+        before: its first line, as JSON holds it.
+        facts: of this restore.
+        own: what else the line says and may differ, of type `kind`.
+
+    Raises:
+        ValueError: the restore there is another.
+        BrokenCheckpointError: the journal is damaged.
+    """
+    if not isinstance(before, dict) or not isinstance(before.get(own), kind):
+        raise BrokenCheckpointError(
+            f"{folder}/{NAME}: is damaged; delete its folder, and start anew"
+        )
+    for key, value in facts.items():
+        if key != own and before.get(key) != value:
+            raise ValueError(
+                f"{folder}: a restore with {key}={before.get(key)!r} goes on here, not one with "
+                f"{key}={value!r}; give the same arguments, or delete the folder"
             )
-        for key, value in now.items():
-            if key != "unit_bytes" and before.get(key) != value:
-                raise ValueError(
-                    f"{self._path.parent}: a restore with {key}={before.get(key)!r} goes on here, "
-                    f"not one with {key}={value!r}; give the same arguments, or delete the folder"
-                )
+    return before

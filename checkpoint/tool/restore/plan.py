@@ -10,6 +10,7 @@ from phalanx.checkpoint.format.manifest import Manifest
 from phalanx.checkpoint.format.stored import StoredPart
 from phalanx.checkpoint.format.table import PartTable
 from phalanx.checkpoint.storage.base import Storage
+from phalanx.checkpoint.tool.restore.journal import VERSION
 from phalanx.checkpoint.tool.restore.units import Stream
 
 
@@ -29,7 +30,7 @@ SAME = Cutting(text="")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RestorePlan:
     """What a restore is to do."""
 
     url: str
@@ -78,7 +79,12 @@ class Plan:
         source = xxhash.xxh3_64_hexdigest(
             f"{self.manifest.step} {self.manifest.time} {ids}".encode()
         )
-        return {"source": self.url, "checksum": source, "layout": self.cutting.text}
+        return {
+            "journal": VERSION,
+            "source": self.url,
+            "checksum": source,
+            "layout": self.cutting.text,
+        }
 
     def finished(self, parts: Iterable[StoredPart]) -> Manifest:
         """The target's manifest, with the files that were written."""

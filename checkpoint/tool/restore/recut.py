@@ -26,7 +26,7 @@ from phalanx.checkpoint.tool.progress import byte_bar
 from phalanx.checkpoint.tool.restore.finishing import check_targets
 from phalanx.checkpoint.tool.restore.journal import NAME as JOURNAL
 from phalanx.checkpoint.tool.restore.journal import Journal
-from phalanx.checkpoint.tool.restore.plan import Plan, Restored
+from phalanx.checkpoint.tool.restore.plan import Restored, RestorePlan
 from phalanx.checkpoint.tool.restore.units import Stream, TargetFiles, Unit, units_of
 
 UNITS = 1000
@@ -40,7 +40,7 @@ SYNC_S = 2.0
 """Seconds between moments at which what was written is made durable."""
 
 
-def restore_to_folder(plan: Plan, root: Path) -> Restored:
+def restore_to_folder(plan: RestorePlan, root: Path) -> Restored:
     """Restore into a folder of a mounted file system, going on where an earlier call stopped.
 
     Raises:
@@ -88,7 +88,7 @@ class _Mover:
     """Moves the units of one restore."""
 
     def __init__(
-        self, plan: Plan, sources: list[Stream], files: TargetFiles, journal: Journal
+        self, plan: RestorePlan, sources: list[Stream], files: TargetFiles, journal: Journal
     ) -> None:
         self._plan, self._sources = plan, sources
         self._files, self._journal = files, journal

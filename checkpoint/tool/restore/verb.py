@@ -15,11 +15,11 @@ from phalanx.checkpoint.storage.base import Storage
 from phalanx.checkpoint.storage.config import StorageConfig
 from phalanx.checkpoint.storage.metered import Metered
 from phalanx.checkpoint.storage.rate_limit import RateLimit
-from phalanx.checkpoint.tool.places import Place, step_of, target
-from phalanx.checkpoint.tool.report import Report, layout_of, plural, size
+from phalanx.checkpoint.tool.places import CheckpointPlace, step_of, target
+from phalanx.checkpoint.tool.report import Outcome, layout_of, plural, size
 from phalanx.checkpoint.tool.restore.copy import restore_by_files
 from phalanx.checkpoint.tool.restore.journal import NAME as JOURNAL
-from phalanx.checkpoint.tool.restore.plan import SAME, Cutting, Plan, Restored
+from phalanx.checkpoint.tool.restore.plan import SAME, Cutting, Restored, RestorePlan
 from phalanx.checkpoint.tool.restore.recut import restore_to_folder
 
 Cut = Callable[[Manifest], Cutting]
@@ -27,7 +27,7 @@ Cut = Callable[[Manifest], Cutting]
 
 
 def restore(
-    source: Place,
+    source: CheckpointPlace,
     where: str,
     *,
     config: StorageConfig | None = None,
@@ -36,7 +36,7 @@ def restore(
     staging: Path | None = None,
     limit_mb_s: float = 0.0,
     dry_run: bool = False,
-) -> Report:
+) -> Outcome:
     """Restore a checkpoint into a folder of checkpoints, or into `step_...` of one.
 
     Args:
@@ -63,7 +63,7 @@ def restore(
             f"{folder_name(manifest.step)}"
         )
     limit = RateLimit(limit_mb_s * 1e6)
-    plan = Plan(
+    plan = RestorePlan(
         url=source.url(folder),
         source=Metered(source.storage, lambda _: None, limit=limit),
         folder=folder,
@@ -74,7 +74,7 @@ def restore(
     )
     if _stands(plan):
         line = f"{storage.url}/{name}: stands already, nothing to do"
-        return Report(lines=[line], content=_content(plan, None) | {"state": "complete"})
+        return Outcome(lines=[line], content=_content(plan, None) | {"state": "complete"})
     _refuse_a_save(plan)
     if dry_run:
         return _forecast(plan)
@@ -84,10 +84,10 @@ def restore(
         done = restore_by_files(plan)
     else:
         done = _staged(plan, staging, config)
-    return Report(lines=_said(plan, done), content=_content(plan, done) | {"state": "complete"})
+    return Outcome(lines=_said(plan, done), content=_content(plan, done) | {"state": "complete"})
 
 
-def _said(plan: Plan, done: Restored) -> list[str]:
+def _said(plan: RestorePlan, done: Restored) -> list[str]:
     """What a restore has done."""
     lines = [
         f"restored {plan.url}",
@@ -100,7 +100,7 @@ def _said(plan: Plan, done: Restored) -> list[str]:
     return lines
 
 
-def _going_on(source: Place, storage: Storage, name: str | None) -> int | None:
+def _going_on(source: CheckpointPlace, storage: Storage, name: str | None) -> int | None:
     """The step of the one restore that was interrupted here, though the source may have newer."""
     if source.folder is not None or name is not None:
         return None
@@ -114,7 +114,7 @@ def _going_on(source: Place, storage: Storage, name: str | None) -> int | None:
     return begun[0] if len(begun) == 1 and begun[0] in complete_folders(source.storage) else None
 
 
-def _stands(plan: Plan) -> bool:
+def _stands(plan: RestorePlan) -> bool:
     """Whether the target holds just what is to be restored.
 
     Raises:
@@ -146,7 +146,7 @@ def _stands(plan: Plan) -> bool:
     return True
 
 
-def _refuse_a_save(plan: Plan) -> None:
+def _refuse_a_save(plan: RestorePlan) -> None:
     """Whether what is there may be a save that runs, or ended half-way.
 
     Raises:
@@ -160,7 +160,7 @@ def _refuse_a_save(plan: Plan) -> None:
         )
 
 
-def _staged(plan: Plan, staging: Path | None, config: StorageConfig | None) -> Restored:
+def _staged(plan: RestorePlan, staging: Path | None, config: StorageConfig | None) -> Restored:
     """Cut here, then copy file by file."""
     place = f"{plan.target.url}/{plan.name}"
     if staging is None:
@@ -190,7 +190,7 @@ def _staged(plan: Plan, staging: Path | None, config: StorageConfig | None) -> R
     return replace(cut_here, manifest=copied.manifest)
 
 
-def _forecast(plan: Plan) -> Report:
+def _forecast(plan: RestorePlan) -> Outcome:
     """What a restore would do."""
     total = sum(stream.size for stream in plan.targets)
     layout = plan.cutting.text or "as it is"
@@ -210,7 +210,7 @@ def _forecast(plan: Plan) -> Report:
             lines.append(f"  no room: {size(free)} free, {size(total)} needed")
     fine = free is None or free >= total or begun
     content = _content(plan, None) | {"state": "dry run", "free_bytes": free}
-    return Report(lines=lines, content=content, fine=fine)
+    return Outcome(lines=lines, content=content, fine=fine)
 
 
 def _standing(folder: Path) -> Path:
@@ -222,7 +222,7 @@ def _what(manifest: Manifest) -> str:
     return f"step {manifest.step}, {files}, {size(manifest.nbytes)}"
 
 
-def _content(plan: Plan, done: Restored | None) -> dict[str, Any]:
+def _content(plan: RestorePlan, done: Restored | None) -> dict[str, Any]:
     return {
         "source": plan.url,
         "target": f"{plan.target.url}/{plan.name}",

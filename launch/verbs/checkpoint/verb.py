@@ -16,8 +16,8 @@ from phalanx.checkpoint.errors import BrokenCheckpointError
 from phalanx.checkpoint.format.manifest import Manifest
 from phalanx.checkpoint.storage.config import StorageConfig
 from phalanx.checkpoint.storage.open import open_storage
-from phalanx.checkpoint.tool.places import INSIDE_RUN, Place, find
-from phalanx.checkpoint.tool.report import Report
+from phalanx.checkpoint.tool.places import INSIDE_RUN, CheckpointPlace, find
+from phalanx.checkpoint.tool.report import Outcome
 from phalanx.checkpoint.tool.restore.plan import Cutting
 from phalanx.launch.bad_input import BadInput, user_input
 from phalanx.launch.verbs.checkpoint.flags import USAGES, Flags, megabytes, pairs, parse, whole
@@ -36,7 +36,7 @@ def checkpoint(argv: Sequence[str]) -> None:
     flags = parse(action, argv[1:])
     try:
         with user_input():
-            report = ACTIONS[action](flags)
+            outcome = ACTIONS[action](flags)
     except BadInput as error:
         if not isinstance(error.__cause__, BrokenCheckpointError):
             raise
@@ -47,16 +47,16 @@ def checkpoint(argv: Sequence[str]) -> None:
         advice = "; run the same command again and it goes on" if action == "restore" else ""
         _fail(action, f"{error}{advice}")
     try:
-        _tell(report, flags)
+        _tell(outcome, flags)
     except BrokenPipeError:
         raise
     except OSError as error:
         _fail(action, str(error))
-    if not report.fine:
+    if not outcome.fine:
         raise SystemExit(1)
 
 
-def _ls(flags: Flags) -> Report:
+def _ls(flags: Flags) -> Outcome:
     from phalanx.checkpoint.tool.ls import ls
 
     if not flags.places:
@@ -65,7 +65,7 @@ def _ls(flags: Flags) -> Report:
     return ls(_place(flags.places[0], flags))
 
 
-def _show(flags: Flags) -> Report:
+def _show(flags: Flags) -> Outcome:
     from phalanx.checkpoint.tool.diff import diff
     from phalanx.checkpoint.tool.show import show
 
@@ -79,7 +79,7 @@ def _show(flags: Flags) -> Report:
     return show(_place(place, flags), step=flags.step, patterns=patterns, shards=flags.given.shards)
 
 
-def _verify(flags: Flags) -> Report:
+def _verify(flags: Flags) -> Outcome:
     from phalanx.checkpoint.tool.check import verify
 
     _count("verify", flags, 1)
@@ -94,7 +94,7 @@ def _verify(flags: Flags) -> Report:
     )
 
 
-def _restore(flags: Flags) -> Report:
+def _restore(flags: Flags) -> Outcome:
     from phalanx.checkpoint.tool.restore.verb import restore
 
     _count("restore", flags, 2)
@@ -135,7 +135,7 @@ def _cut_for(manifest: Manifest, wanted: dict[str, str]) -> Cutting:
     )
 
 
-def _convert(flags: Flags) -> Report:
+def _convert(flags: Flags) -> Outcome:
     _count("convert", flags, 2)
     from phalanx.checkpoint.tool import convert
 
@@ -150,7 +150,7 @@ def _convert(flags: Flags) -> Report:
     return convert.convert_to_dcp(_place(source, flags), Path(target), step=flags.step)
 
 
-def _gc(flags: Flags) -> Report:
+def _gc(flags: Flags) -> Outcome:
     from phalanx.checkpoint.tool.gc import gc
 
     _count("gc", flags, 1)
@@ -165,7 +165,7 @@ def _gc(flags: Flags) -> Report:
     )
 
 
-def _gc_memory(flags: Flags) -> Report:
+def _gc_memory(flags: Flags) -> Outcome:
     from phalanx.checkpoint.tool.gc_memory import gc_memory
 
     for flag, value in (("--keep", flags.given.keep), ("--keep-every", flags.given.keep_every)):
@@ -174,7 +174,7 @@ def _gc_memory(flags: Flags) -> Report:
     return gc_memory(_place(flags.places[0], flags, gone=True), dry_run=flags.given.dry_run)
 
 
-def _import(flags: Flags) -> Report:
+def _import(flags: Flags) -> Outcome:
     source, target = _two_folders("import", flags)
     done = import_module("phalanx.train.model.hf").import_hf(source, target)
     tokenizer = f" data.tokenizer={done.tokenizer}" if done.tokenizer else ""
@@ -184,14 +184,14 @@ def _import(flags: Flags) -> Report:
         f"checkpoint.dir={target}{tokenizer}",
     ]
     files = {"checkpoint": str(done.checkpoint), "model_file": str(done.model_file)}
-    return Report(lines=lines, content=files)
+    return Outcome(lines=lines, content=files)
 
 
-def _export(flags: Flags) -> Report:
+def _export(flags: Flags) -> Outcome:
     source, target = _two_folders("export", flags)
     dtype = {} if flags.given.dtype is None else {"dtype": flags.given.dtype}
     done = import_module("phalanx.train.model.hf").export_hf(source, target, **dtype)
-    return Report(lines=[f"wrote {done}"], content={"folder": str(done)})
+    return Outcome(lines=[f"wrote {done}"], content={"folder": str(done)})
 
 
 def _two_folders(action: str, flags: Flags) -> tuple[Path, Path]:
@@ -209,7 +209,7 @@ def _no_file(action: str, target: Path) -> None:
         raise BadInput(f"checkpoint {action}: {target}: is a file, not a folder")
 
 
-ACTIONS: dict[str, Callable[[Flags], Report]] = {
+ACTIONS: dict[str, Callable[[Flags], Outcome]] = {
     "ls": _ls,
     "show": _show,
     "verify": _verify,
@@ -221,7 +221,7 @@ ACTIONS: dict[str, Callable[[Flags], Report]] = {
 }
 
 
-def _place(text: str, flags: Flags, *, gone: bool = False) -> Place:
+def _place(text: str, flags: Flags, *, gone: bool = False) -> CheckpointPlace:
     """Where a word points; a run whose checkpoints are elsewhere says so in its config.yaml.
 
     Args:
@@ -240,7 +240,7 @@ def _place(text: str, flags: Flags, *, gone: bool = False) -> Place:
         if "://" in where or (not inside and Path(where).is_dir()):
             return find(where, StorageConfig(options=options | flags.options))
     if gone and not Path(text).is_file() and not (storage := open_storage(text, config)).names():
-        return Place(storage=storage, folder=None, text=text)
+        return CheckpointPlace(storage=storage, folder=None, text=text)
     return find(text, config)
 
 
@@ -268,12 +268,12 @@ def _count(action: str, flags: Flags, count: int) -> None:
         raise BadInput(f"checkpoint {action}: give {what}: {USAGES[action]}")
 
 
-def _tell(report: Report, flags: Flags) -> None:
-    text = json.dumps(report.content, indent=2)
+def _tell(outcome: Outcome, flags: Flags) -> None:
+    text = json.dumps(outcome.content, indent=2)
     if flags.json_file == "-":
         _print(text)
         return
-    _print("\n".join(report.lines))
+    _print("\n".join(outcome.lines))
     if flags.json_file is not None:
         path = Path(flags.json_file)
         partial = path.with_name(f".{path.name}.{os.getpid()}")

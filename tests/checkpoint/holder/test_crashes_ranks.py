@@ -142,7 +142,7 @@ def restart(cluster: Cluster, killed: list[int], *, at_least: int) -> int:
     return found.step
 
 
-def _digests(inventories: list[Inventory | None], found: choice.Found) -> list[int]:
+def _digests(inventories: list[Inventory | None], found: choice.Recoverable) -> list[int]:
     for inventory in inventories:
         for epoch in inventory.epochs if inventory else ():
             for slots in epoch.members.values() if epoch.epoch == found.epoch else ():

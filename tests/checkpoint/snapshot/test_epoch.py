@@ -128,8 +128,8 @@ def test_tables_are_told_by_one_node_and_only_once_a_snapshot_is_chosen() -> Non
 
     client = SimpleNamespace(inventory=lambda: inventory)
     node = SimpleNamespace(leader=True, number=0, count=1, leaders=[0])
-    place: Any = SimpleNamespace(node=node, connect=lambda: nullcontext(client))
-    found, reasons = find(place, Listening(None))
+    node_holder: Any = SimpleNamespace(node=node, connect=lambda: nullcontext(client))
+    found, reasons = find(node_holder, Listening(None))
     assert found is not None
     assert (found.step, found.spec.to_json(), reasons) == (7, spec.to_json(), [])
     assert told[0][0].epochs[0].spec.to_json() == spec.to_json() | {"parts": []}

@@ -11,14 +11,14 @@ from phalanx.checkpoint.boxes import Box, TensorInfo
 from phalanx.checkpoint.format.table import PartTable
 from phalanx.checkpoint.holder.inventory import EpochInventory, Inventory, SlotInventory
 from phalanx.checkpoint.holder.spec import HolderError, Spec
-from phalanx.checkpoint.load.choice import Found, new_homes, newest
+from phalanx.checkpoint.load.choice import Recoverable, new_homes, newest
 from phalanx.checkpoint.snapshot.copier import BUCKET_BYTES, Copier
-from phalanx.checkpoint.snapshot.shares import Held, assign
+from phalanx.checkpoint.snapshot.shares import RankBoxes, assign
 
 F32, U8 = "F32", "U8"
 
 
-def held(**boxes: tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> Held:
+def held(**boxes: tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> RankBoxes:
     return {
         name: (TensorInfo(dtype=dtype, shape=shape), Box(offsets, sizes))
         for name, (dtype, shape, offsets, sizes) in boxes.items()
@@ -135,7 +135,7 @@ def inventory(member: int, *slots: tuple[int, str], epoch: str = "e") -> Invento
     return Inventory(pid=1, address=("a", 1), epochs=(held,))
 
 
-def found(*inventories: Inventory | None) -> Found:
+def found(*inventories: Inventory | None) -> Recoverable:
     answer, _ = newest(inventories)
     assert answer is not None
     return answer

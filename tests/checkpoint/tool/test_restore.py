@@ -191,7 +191,7 @@ def test_other_arguments_are_refused(
 
 def _facts(source: Path, tmp_path: Path) -> dict[str, Any]:
     first = (tmp_path / "dst" / STEP / "restore.journal").read_text().splitlines()[0]
-    return {key: value for key, value in json.loads(first).items() if key != "journal"}
+    return dict(json.loads(first))
 
 
 def test_it_goes_on_with_its_step_though_the_source_has_a_newer_one(
@@ -233,6 +233,29 @@ def test_a_damaged_journal_is_not_believed(
     (tmp_path / "again" / STEP / journal.name).write_text(text.replace("unit_bytes", "unit_"))
     with pytest.raises(ValueError, match="restore.journal: is damaged; delete its folder"):
         restore(find(str(source)), str(tmp_path / "again"))
+
+
+def test_a_journal_in_a_storage_of_whole_files_is_held_to_the_same(
+    source: Path, tmp_path: Path
+) -> None:
+    target = open_storage(f"memory:/{tmp_path}/dst")
+    journal = f"{STEP}/restore.journal"
+    for text, said in (
+        (
+            '{"journal": 1, "source": "elsewhere", "files": []}',
+            "a restore with source='elsewhere' ",
+        ),
+        ('{"journal": 2, "files": []}', "a restore with journal=2 goes on here, not one with"),
+        ('{"journal": 1}', f"{STEP}/restore.journal: is damaged; delete its folder"),
+        ("[1]", f"{STEP}/restore.journal: is damaged; delete its folder"),
+        ('{"journ', f"{STEP}/restore.journal: is damaged; delete its folder"),
+    ):
+        target.write(journal, [text.encode()])
+        with pytest.raises(ValueError, match=said):
+            restore(find(str(source)), target.url)
+    target.delete(journal)
+    restore(find(str(source)), target.url)
+    assert target.names(STEP) == sorted(path.name for path in (source / STEP).iterdir())
 
 
 def test_dry_run_tells_and_writes_nothing(source: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from phalanx.checkpoint.boxes import TensorInfo
 from phalanx.checkpoint.chunks import chunk_of
 from phalanx.checkpoint.format.manifest import read_manifest
-from phalanx.checkpoint.snapshot.shares import Held, assign, held_boxes
+from phalanx.checkpoint.snapshot.shares import RankBoxes, assign, held_boxes
 from phalanx.checkpoint.storage.open import open_storage
 from phalanx.checkpoint.tool.reading import tensors_of
 from phalanx.launch.cli import main
@@ -65,7 +65,7 @@ def configs() -> list[Config]:
     return [replace(config, launch=nodes) for config in found]
 
 
-def held_really(ranks: Ranks, configs: list[Config]) -> list[Held]:
+def held_really(ranks: Ranks, configs: list[Config]) -> list[RankBoxes]:
     """What this rank has of each tensor, by layout."""
     found = []
     with process_group(ranks):
