@@ -13,7 +13,6 @@ from phalanx.launch.config.compose import world_size
 from phalanx.launch.ranks.start import launch
 from phalanx.launch.verbs.json_file import json_option, write_json
 from phalanx.launch.verbs.own_launch import need_own_launch, on_one_device
-from phalanx.launch.verbs.verify_random import verify_random
 
 
 def verify(argv: Sequence[str]) -> None:
@@ -21,6 +20,8 @@ def verify(argv: Sequence[str]) -> None:
     json_file, rest = json_option(argv)
     count, seed, rest = _random_options(rest)
     if count is not None:
+        from phalanx.launch.verbs.verify_random import verify_random  # imports torch
+
         verify_random(rest, count=count, seed=seed, json_file=json_file)
         return
     run("verify", rest, partial(_verify, json_file=json_file))
