@@ -36,6 +36,16 @@ def squeeze(problem: Problem, plan: Plan, rule: Rule) -> list[Word]:
     return _Run(problem, plan, rule).run()
 
 
+def squeeze_timed(problem: Problem, plan: Plan, rule: Rule) -> tuple[list[Word], float]:
+    """As `squeeze`, and the longest stage as it was run; replayed, the words may take less.
+
+    A run holds a W back that would delay a planned F, though memory asks for it when that F is due.
+    """
+    run = _Run(problem, plan, rule)
+    words = run.run()
+    return words, max(end - begin for end, begin in zip(run.free, problem.begin, strict=True))
+
+
 class _Run:
     def __init__(self, problem: Problem, plan: Plan, rule: Rule) -> None:
         self.problem, self.plan, self.rule = problem, plan, rule
@@ -62,6 +72,8 @@ class _Run:
         self.weights: list[list[int]] = [[] for _ in range(p)]
         """Unplanned W that could run now."""
         self.words: list[Word] = [[] for _ in range(p)]
+        self.free = [0.0] * p
+        """When the rank's last operation ends."""
         self.worked = [0.0] * p
         delta = problem.delta
         self.net = list(delta)
@@ -73,8 +85,7 @@ class _Run:
     def run(self) -> list[Word]:
         problem, words = self.problem, self.words
         time, place, lag, following = problem.time, problem.placement, problem.lag, problem.next
-        S, arrival = problem.num_stages, self.arrival
-        free = [0.0] * problem.num_ranks
+        S, arrival, free = problem.num_stages, self.arrival, self.free
         events = [(0.0, r) for r in range(problem.num_ranks)]
         while events:
             now, r = heappop(events)

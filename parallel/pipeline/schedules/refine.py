@@ -2,13 +2,14 @@
 
 The weight gradients start from where the plan has them, from as late as they fit, and from nowhere
 (into gaps); each start is squeezed under several rules, and the best words are plans for another
-round.
+round. Rounds go by how long a squeezing took as it was run; what is returned is the shortest of all
+when replayed, as ranks will follow it.
 """
 
 from phalanx.parallel.pipeline.order.plan import Plan, with_late_weights
 from phalanx.parallel.pipeline.order.problem import Problem, Word
 from phalanx.parallel.pipeline.order.replay import Replay
-from phalanx.parallel.pipeline.order.squeeze import Rule, squeeze
+from phalanx.parallel.pipeline.order.squeeze import Rule, squeeze_timed
 
 _FIRST_RULES: tuple[tuple[float, float, float | None], ...] = (
     (0, 0, None),
@@ -56,7 +57,7 @@ def refine(problem: Problem, plan: Plan) -> list[Word]:
     """
     replay = Replay(problem)
     left = max(_OPERATIONS // sum(map(len, plan)), _FEWEST_RUNS)
-    least, aim = max(problem.work), float("inf")
+    least, aim, shortest = max(problem.work), float("inf"), float("inf")
     best: list[Word] = []
     plans = [plan]
     for _ in range(_ROUNDS):
@@ -70,16 +71,17 @@ def refine(problem: Problem, plan: Plan) -> list[Word]:
         found, before = [], aim
         for start, (patience, weight_patience, share) in runs[: max(left, 0)]:
             target = float("inf") if share is None else least + share * (aim - least)
-            words = squeeze(problem, start, Rule(patience, weight_patience, target=target))
-            found.append((_longest_stage(replay, words), words))
-            aim = min(aim, found[-1][0])
+            rule = Rule(patience, weight_patience, target=target)
+            words, span = squeeze_timed(problem, start, rule)
+            found.append((span, words))
+            aim = min(aim, span)
+            replayed = _longest_stage(replay, words)
+            if replayed < shortest:
+                shortest, best = replayed, words
         left -= len(runs)
+        if aim >= before * (1 - 1e-9) or shortest <= least * (1 + 1e-9):
+            break
         found.sort(key=lambda pair: pair[0])
-        if not found or aim >= before * (1 - 1e-9):
-            break
-        best = found[0][1]
-        if aim <= least * (1 + 1e-9):
-            break
         plans = _distinct([words for _, words in found])
     assert best
     return best
