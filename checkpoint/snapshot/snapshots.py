@@ -6,7 +6,6 @@ forward and backward run (parameters and optimizer states do not change meanwhil
 all of it, the snapshot is committed. Until then the one before stands.
 """
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from phalanx.checkpoint.holder.of_node import NodeHolder
 from phalanx.checkpoint.peers import Peers
 from phalanx.checkpoint.snapshot.copier import Copier
 from phalanx.checkpoint.snapshot.epoch import Epoch, open_epoch
+from phalanx.checkpoint.snapshot.pins import Pins
 from phalanx.checkpoint.snapshot.request import NO_WORK, Request, Taken
 
 
@@ -45,12 +45,9 @@ class Snapshots:
         self._last_step = -1
         self._newest: Taken | None = None
         """The newest committed one."""
-        self._pinned: list[tuple[str, int]] = []
-        """Epochs and slots of those on their way to storage; known on a node's first rank."""
+        self._pins = Pins()
         self._older: set[str] = set()
         """Epochs that the node's holder can let go of; known on a node's first rank."""
-        self._freed = threading.Condition()
-        """Around `_pinned`."""
         self._request: Request | None = None
         self._eager: dict[str, Tensor] = {}
         self.on_open: Callable[[Epoch], None] = lambda epoch: None
@@ -117,9 +114,7 @@ class Snapshots:
 
     def release(self, taken: Taken) -> None:
         """Let a slot be used again that `take` kept."""
-        with self._freed:
-            self._pinned.remove((taken.epoch.name, taken.slot))
-            self._freed.notify_all()
+        self._pins.remove(taken)
 
     def close(self) -> None:
         """End the thread, once it has done what it was asked, and let go of the memory."""
@@ -167,8 +162,7 @@ class Snapshots:
                 assert epoch is not None
                 taken = self._newest = self._take(request, chunks, epoch, slot)
             if taken.durable and self._node_holder.node.leader:
-                with self._freed:
-                    self._pinned.append((taken.epoch.name, taken.slot))
+                self._pins.add(taken)
             return taken
         except StorageBusyError:
             raise
@@ -200,7 +194,7 @@ class Snapshots:
             kept = request.durable and not request.may_skip
             choosing = self._peers.rank == 0 and not stale and not held
             slot = self._free_slot(wait=kept) if choosing else 0
-            full = request.durable and not kept and bool(self._pinned)
+            full = request.durable and not kept and bool(self._pins)
             return [stale, gone, slot, full]
 
         anew, lost, slot, busy = self._peers.all_reduce(f"snapshot of step {step}", look, count=4)
@@ -213,20 +207,15 @@ class Snapshots:
         return chunks, bool(anew), slot
 
     def _free_slot(self, *, wait: bool) -> int:
-        """A slot that holds neither the committed snapshot nor one that is on its way to storage;
-        the number behind the last where there is none and that is not to be waited for. Rank 0
-        decides for all."""
+        """See `Pins.free_slot`; rank 0 decides for all."""
         assert self._epoch is not None
-        slots, newest = self._node_holder.slots, self._newest
-        with self._freed:
-            while True:
-                used = {slot for name, slot in self._pinned if name == self._epoch.name}
-                if newest is not None and newest.epoch is self._epoch:
-                    used.add(newest.slot)
-                free = min(set(range(slots)) - used, default=slots)
-                if free < slots or not wait:
-                    return free
-                self._freed.wait()
+        newest = self._newest
+        return self._pins.free_slot(
+            self._node_holder.slots,
+            epoch=self._epoch.name,
+            newest=newest.slot if newest is not None and newest.epoch is self._epoch else None,
+            wait=wait,
+        )
 
     def _take(
         self, request: Request, chunks: Mapping[str, Chunk], epoch: Epoch, slot: int
@@ -300,9 +289,8 @@ class Snapshots:
         if epoch.first:
             self._older = {held.epoch for held in client.inventory().epochs} - {epoch.name}
             epoch.first = False
-        with self._freed:  # what is on its way to storage stays until a later commit
-            idle = self._older - {name for name, _ in self._pinned}
-        for name in idle:
+        # What is on its way to storage stays until a later commit.
+        for name in self._older - self._pins.epochs():
             client.forget(name)
             self._older.discard(name)
 

@@ -1,7 +1,9 @@
 """What snapshots need no holder for: who keeps what, copying it, and which one is found again."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from phalanx.checkpoint.holder.inventory import EpochInventory, Inventory, SlotI
 from phalanx.checkpoint.holder.spec import HolderError, Spec
 from phalanx.checkpoint.load.choice import Recoverable, new_homes, newest
 from phalanx.checkpoint.snapshot.copier import BUCKET_BYTES, Copier
+from phalanx.checkpoint.snapshot.pins import Pins
 from phalanx.checkpoint.snapshot.shares import RankBoxes, assign
 
 F32, U8 = "F32", "U8"
@@ -103,6 +106,33 @@ def test_copies_from_cuda_see_the_moment_of_the_call() -> None:
         tensor.fill_(-1)
         assert bool((torch.frombuffer(memory, dtype=torch.float32) == value).all())
     copier.unpin()
+
+
+# --- slots on their way to storage ----------------------------------------------------------------
+
+
+def taken(epoch: str, slot: int) -> Any:
+    return SimpleNamespace(epoch=SimpleNamespace(name=epoch), slot=slot)
+
+
+def test_a_slot_is_free_that_holds_neither_the_newest_nor_what_is_pinned() -> None:
+    pins = Pins()
+    assert pins.free_slot(3, epoch="e", newest=None, wait=True) == 0
+    pins.add(taken("e", 0))
+    pins.add(taken("before", 1))
+    assert (bool(pins), pins.epochs()) == (True, {"e", "before"})
+    assert pins.free_slot(3, epoch="e", newest=1, wait=True) == 2
+    assert pins.free_slot(2, epoch="e", newest=1, wait=False) == 2  # none
+    with ThreadPoolExecutor(1) as pool:
+        slot = pool.submit(pins.free_slot, 2, epoch="e", newest=1, wait=True)
+        with pytest.raises(TimeoutError):
+            slot.result(timeout=0.1)
+        pins.remove(taken("before", 1))
+        with pytest.raises(TimeoutError):
+            slot.result(timeout=0.1)
+        pins.remove(taken("e", 0))
+        assert slot.result(timeout=60) == 0
+    assert not pins
 
 
 # --- recovery -------------------------------------------------------------------------------------
