@@ -174,10 +174,10 @@ def _without_damaged(found: Recoverable, *, node_holder: NodeHolder, peers: Peer
     bad = {m for part in peers.agree("check the snapshot", damaged) for m in part}
     if not bad:
         return found
+    left = {m: at for m, at in found.where.items() if m not in bad}
+    lost = tuple(sorted({*found.lost, *bad}))
 
-    def check() -> Recoverable:
-        left = {m: at for m, at in found.where.items() if m not in bad}
-        lost = tuple(sorted({*found.lost, *bad}))
+    def check() -> None:
         for group in found.spec.groups:
             gone = [m for m in group if m in lost]
             if len(gone) > found.spec.parity:
@@ -185,9 +185,9 @@ def _without_damaged(found: Recoverable, *, node_holder: NodeHolder, peers: Peer
                     f"the snapshot of step {found.step} is damaged in nodes {sorted(bad)}, more "
                     f"than its parity ({found.spec.parity} of a group) makes up for"
                 )
-        return replace(found, where=left, lost=lost)
 
-    return peers.agree("check the snapshot", check)[0]
+    peers.agree("check the snapshot", check)
+    return replace(found, where=left, lost=lost)
 
 
 def _rebuild(found: Recoverable, *, node_holder: NodeHolder, peers: Peers) -> Recoverable:
@@ -222,11 +222,12 @@ def _rebuild(found: Recoverable, *, node_holder: NodeHolder, peers: Peers) -> Re
 
     peers.agree("rebuild the lost nodes' snapshots", rebuild)
     inventories = _inventories(node_holder, peers)
+    rebuilt: list[Recoverable] = []
 
-    def look() -> Recoverable:
-        rebuilt = choice.again(inventories, found)
-        if rebuilt.lost:
-            raise ValueError(f"nodes {rebuilt.lost} were lost while others were rebuilt")
-        return rebuilt
+    def look() -> None:
+        rebuilt.append(choice.again(inventories, found))
+        if rebuilt[0].lost:
+            raise ValueError(f"nodes {rebuilt[0].lost} were lost while others were rebuilt")
 
-    return peers.agree("look for the rebuilt snapshot", look)[0]
+    peers.agree("look for the rebuilt snapshot", look)
+    return rebuilt[0]
